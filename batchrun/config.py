@@ -1,0 +1,158 @@
+"""Every choice of one run in one value, validated once, and which of them bind a rerun.
+
+*Request settings* decide what is asked: they bind a rerun. *Delivery settings* decide how it is
+asked and change freely. *Publishing settings* decide what the output looks like: a change of them
+makes the finished file be written anew, without a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from batchrun.errors import UsageError
+from batchrun.providers import Endpoint, Secret
+from batchrun.types import Shape
+
+JSONValue: TypeAlias = (
+    bool | int | float | str | Sequence["JSONValue"] | Mapping[str, "JSONValue"] | None
+)
+InputFormat = Literal["jsonl", "parquet"]
+OutputFormat = Literal["parquet", "jsonl"]
+IfLocked = Literal["fail", "wait", "skip"]
+
+VERSION = "0.1.0"
+
+STDIN = "-"
+STDOUT = "-"
+API_PATH = "/chat/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """``--allow-failures``: a number of rows, or a share of them."""
+
+    rows: int = 0
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Allowance:
+        try:
+            if text.endswith("%"):
+                percent = float(text[:-1])
+                if 0 <= percent <= 100:
+                    return cls(share=percent / 100)
+            elif (rows := int(text)) >= 0:
+                return cls(rows=rows)
+        except ValueError:
+            pass
+        raise UsageError(f"--allow-failures {text}: a number of rows, or a share such as 1%")
+
+    def covers(self, failed: int, total: int) -> bool:
+        return failed <= (self.rows if self.share is None else self.share * total)
+
+    def __str__(self) -> str:
+        return f"{self.rows:,}" if self.share is None else f"{self.share * 100:g}%"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """All options of one run; the endpoint is resolved and the output settled."""
+
+    inputs: tuple[str, ...]
+    output: str  # a path, or "-" for stdout
+    output_format: OutputFormat = "parquet"
+    input_format: InputFormat | None = None
+    state_dir: Path | None = None  # None: <output>.batchrun; with "-" a temporary one
+
+    # request settings
+    model: str | None = None
+    model_replaces: bool = False  # given on the command line: replaces the row's own
+    system: str | None = None
+    params: Mapping[str, JSONValue] = field(default_factory=dict)
+    params_replacing: frozenset[str] = frozenset()  # names given on the command line
+    shape: Shape | None = None
+    prompt_column: str | None = None
+    body_columns: tuple[str, ...] = ()
+    mock: bool = False
+
+    # delivery settings
+    endpoint: Endpoint | None = None  # None only with mock
+    headers: tuple[tuple[str, Secret], ...] = ()
+    stream: bool = False
+    concurrency: int | None = None  # None: found while running
+    rpm: float | None = None
+    tpm: float | None = None
+    max_retries: int = 5
+    max_in_doubt_retries: int = 2
+    timeout_s: float = 600.0
+    connect_timeout_s: float = 10.0
+    max_wait_s: float = 600.0
+    max_outage_s: float = 600.0
+    deadline_s: float | None = None  # seconds from the start of the run
+    drain_s: float = 25.0
+    abort_after: int = 20
+    limit: int | None = None
+    retry_failed: bool = False
+    overwrite: bool = False
+    allow_failures: Allowance = Allowance()
+    if_locked: IfLocked = "fail"
+
+    # publishing settings
+    carry: tuple[str, ...] | None = None  # None: all; () none
+    response_body: bool = True
+
+    # the words for people
+    command: str = "batchrun submit"  # what `next` lines repeat, without secrets
+
+    def __post_init__(self) -> None:
+        _positive("--concurrency", self.concurrency)
+        _positive("--rpm", self.rpm)
+        _positive("--tpm", self.tpm)
+        _positive("--timeout", self.timeout_s)
+        _positive("--connect-timeout", self.connect_timeout_s)
+        _positive("--max-wait", self.max_wait_s)
+        _positive("--max-outage", self.max_outage_s)
+        _positive("--limit", self.limit)
+        for flag, value in (
+            ("--max-retries", self.max_retries),
+            ("--max-in-doubt-retries", self.max_in_doubt_retries),
+            ("--abort-after", self.abort_after),
+            ("--drain", self.drain_s),
+        ):
+            if value < 0:
+                raise UsageError(f"{flag} {value}: must not be negative")
+        if self.prompt_column is not None and self.shape not in (None, "prompt"):
+            raise UsageError(f"--prompt-column goes with --shape prompt, not with {self.shape}")
+
+    @property
+    def to_stdout(self) -> bool:
+        return self.output == STDOUT
+
+    def request_settings(self, shapes: str, prompt_column: str | None) -> dict[str, JSONValue]:
+        """What binds a rerun; the arguments are what the inputs turned out to be."""
+        return {
+            "model": self.model,
+            "system": self.system,
+            "params": dict(self.params),
+            "shape": shapes,
+            "prompt_column": prompt_column,
+            "body_columns": list(self.body_columns),
+            "path": API_PATH,
+            "synthetic": self.mock,
+        }
+
+    def publishing_settings(self) -> dict[str, JSONValue]:
+        return {
+            "carry": None if self.carry is None else list(self.carry),
+            "response_body": self.response_body,
+            "format": self.output_format,
+            "limit": self.limit,
+        }
+
+
+def _positive(flag: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise UsageError(f"{flag} {value:g}: must be greater than 0")

@@ -1,0 +1,80 @@
+"""What ends a run, drawn as a tree. A row's failure is data; only a run's failure is an exception.
+
+    BatchrunError                    exit code
+    ├── UsageError                       2   options, settings or inputs that cannot work
+    │   └── SettingsDiffer               2   answers made with other settings are at stake
+    ├── EndpointRefused                  4   key, quota, model, URL, TLS: a person must act
+    ├── Locked                          11   another run holds this output
+    ├── LocalIOError                    74   disk, file or journal
+    │   └── JournalDamaged              74   a record that should be whole is not
+    ├── StoppedEarly                    75   progress is saved; run the same command again
+    └── Interrupted            129/130/143   SIGHUP, SIGINT, SIGTERM
+
+The first line of ``str(error)`` says what, where and what to do; further lines are indented advice.
+No message ever holds a key: endpoints' texts pass ``config.Secret.scrub`` first.
+"""
+
+from __future__ import annotations
+
+import signal
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_ROWS_FAILED = 3
+EXIT_REFUSED = 4
+EXIT_LOCKED = 11
+EXIT_IO = 74
+EXIT_STOPPED = 75
+
+
+class BatchrunError(Exception):
+    """A run that cannot go on. ``next_steps`` are lines for the user, most useful first."""
+
+    exit_code = EXIT_BUG
+
+    def __init__(self, message: str, *, next_steps: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.next_steps = next_steps
+
+
+class UsageError(BatchrunError):
+    exit_code = EXIT_USAGE
+
+
+class SettingsDiffer(UsageError):
+    """Request settings differ from those the held answers were made with."""
+
+
+class EndpointRefused(BatchrunError):
+    exit_code = EXIT_REFUSED
+
+
+class Locked(BatchrunError):
+    exit_code = EXIT_LOCKED
+
+
+class LocalIOError(BatchrunError):
+    exit_code = EXIT_IO
+
+
+class JournalDamaged(LocalIOError):
+    """A journal record before the last durable one is broken; ``offset`` is its byte position."""
+
+    def __init__(self, message: str, *, offset: int, next_steps: tuple[str, ...] = ()) -> None:
+        super().__init__(message, next_steps=next_steps)
+        self.offset = offset
+
+
+class StoppedEarly(BatchrunError):
+    exit_code = EXIT_STOPPED
+
+
+class Interrupted(BatchrunError):
+    """A signal asked the run to stop; ``exit_code`` is 128 + its number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.exit_code = 128 + signum

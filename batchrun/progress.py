@@ -1,0 +1,349 @@
+"""The bar on a terminal, the line a minute elsewhere, and the notes between them.
+
+Nothing here waits for the terminal. A paused terminal (Ctrl-S) or a full pipe blocks whoever
+writes to it, and the run writes from its event loop; so every text goes to one thread that writes,
+the bar is kept only in its latest form, and when the writer falls far behind the oldest lines go.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+WIDTH = 80
+LABEL_WIDTH = 10
+MINUTE_S = 60.0
+# Long enough that one slow answer does not make the speed jump, short enough to show a change.
+RATE_WINDOW_S = 30.0
+RATE_SAMPLE_S = 1.0
+# Shorter waits are ordinary pacing: to show them would make the bar flicker.
+SHOWN_WAIT_S = 1.0
+MAX_LINES_BEHIND = 1_000
+# A terminal that takes nothing for this long must not keep a finished run from ending.
+FAREWELL_S = 2.0
+
+
+class Snapshot(Struct, frozen=True):
+    """Where the run stands. ``total`` and ``done`` count the rows the bar is about."""
+
+    total: int
+    done: int
+    ok: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    tokens: int = 0  # reported so far in this run
+    waiting: tuple[float, str] | None = None  # seconds, "Retry-After from api.mistral.ai"
+
+
+class Progress:
+    """Says on stderr, and in the log file, how the run goes; ``quiet`` leaves only the log file.
+
+    Call everything from one thread. No method blocks or raises for a stream that cannot be written.
+    """
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        verbose: bool = False,
+        stream: TextIO | None = None,
+        is_tty: bool | None = None,
+        log_file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = lambda: datetime.now().astimezone(),
+    ) -> None:
+        stream = sys.stderr if stream is None else stream
+        self.is_tty = stream.isatty() if is_tty is None else is_tty
+        self._quiet = quiet
+        self._verbose = verbose
+        self._clock = clock
+        self._now = now
+        self._writer = _Writer(None if quiet else stream, log_file)
+        self._speed = Speed()
+        self._started_s = clock()
+        self._next_line_s = 0.0
+
+    def print_block(self, block: str, lines: Iterable[str] = ()) -> None:
+        """Print ``block`` on a terminal; elsewhere, and in the log file, ``lines`` with a time."""
+        stamped = [self._stamped(line) for line in lines]
+        self._writer.put(block.splitlines() if self.is_tty else stamped, stamped)
+
+    def note(self, text: str, *, label: str = "note") -> None:
+        """Print one line under a label without breaking the bar."""
+        stamped = self._stamped(f"{label} {text}")
+        self._writer.put([f"{label:<{LABEL_WIDTH}}{text}"] if self.is_tty else [stamped], [stamped])
+
+    def detail(self, text: str) -> None:
+        """Like ``note``, but on the terminal only with ``-v``; the log file has it always."""
+        if self._verbose:
+            self.note(text, label="detail")
+        else:
+            self._writer.put([], [self._stamped(f"detail {text}")])
+
+    def begin(self, total: int, done: int = 0) -> None:
+        """Start the clock of the bar: ``done`` of ``total`` rows need no work."""
+        self._started_s = self._clock()
+        self._next_line_s = self._started_s + MINUTE_S
+        self._speed = Speed()
+        self._speed.sample(self._started_s, done, 0)
+        if self.is_tty and not self._quiet and total:
+            self._writer.open_bar(total, done)
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Show where the run stands; cheap enough for five times a second."""
+        now_s = self._clock()
+        self._speed.sample(now_s, snapshot.done, snapshot.tokens)
+        if self.is_tty:
+            elapsed_s = now_s - self._started_s
+            self._writer.move_bar(snapshot.done, bar_tail(snapshot, self._speed, elapsed_s))
+        if now_s >= self._next_line_s:
+            self._next_line_s = now_s + MINUTE_S
+            line = self._stamped(minute_line(snapshot, self._speed))
+            self._writer.put([] if self.is_tty else [line], [line])
+
+    def end(self) -> None:
+        """Finish the bar and wait, but not for ever, until everything is written."""
+        self._writer.close()
+
+    def _stamped(self, text: str) -> str:
+        return f"{self._now().isoformat(timespec='seconds')} {text}"
+
+
+class Speed:
+    """Rows and tokens a second over the last half minute."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int, int]] = deque()
+        self._latest = (0.0, 0, 0)
+
+    def sample(self, now_s: float, rows: int, tokens: int) -> None:
+        self._latest = (now_s, rows, tokens)
+        if not self._samples or now_s - self._samples[-1][0] >= RATE_SAMPLE_S:
+            self._samples.append(self._latest)
+        # The oldest sample kept is the newest that is at least a window old.
+        while len(self._samples) > 1 and now_s - self._samples[1][0] >= RATE_WINDOW_S:
+            self._samples.popleft()
+
+    @property
+    def rows_per_s(self) -> float:
+        return self._per_s(1)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._per_s(2)
+
+    def _per_s(self, field: int) -> float:
+        if not self._samples:
+            return 0.0
+        elapsed_s = self._latest[0] - self._samples[0][0]
+        return (self._latest[field] - self._samples[0][field]) / elapsed_s if elapsed_s > 0 else 0.0
+
+    def remaining_s(self, rows: int) -> float | None:
+        """How long ``rows`` more will take; None while nothing moves."""
+        rate = self.rows_per_s
+        return rows / rate if rate > 0 else None
+
+
+def bar_tail(snapshot: Snapshot, speed: Speed, elapsed_s: float) -> str:
+    """What stands right of the bar: as many facts as fit, the most important kept longest."""
+    count = f"{snapshot.done:,}/{snapshot.total:,}"
+    room = WIDTH - len(" 63% |######    | ") - 1
+    if (waiting := _waiting(snapshot)) is not None:
+        return _fitted(f"{count} {waiting}", room)
+    remaining_s = speed.remaining_s(snapshot.total - snapshot.done)
+    parts = [
+        (0, count),
+        (3, f"[{_clock_time(elapsed_s)}<{_clock_time(remaining_s)}]"),
+        (2, f"{_rate(speed.rows_per_s)} rows/s"),
+        (5, f"{_short(speed.tokens_per_s)} tok/s"),
+        (4, f"{snapshot.in_flight} busy"),
+        (1, f"{snapshot.failed:,} failed"),
+    ]
+    while len(" ".join(text for _, text in parts)) > room:
+        parts.remove(max(parts))
+    return " ".join(text for _, text in parts)
+
+
+def minute_line(snapshot: Snapshot, speed: Speed) -> str:
+    """The line of a log, without its time."""
+    count = f"{snapshot.done:,}/{snapshot.total:,}"
+    failed = f"{snapshot.failed:,} failed"
+    if (waiting := _waiting(snapshot)) is not None:
+        line = f"{count} {waiting}, {failed}"
+        short = f"{count} {waiting.partition(' from ')[0]}, {failed}"
+        return line if len(line) <= WIDTH - len("2026-11-21T02:00:00+01:00 ") else short
+    remaining_s = speed.remaining_s(snapshot.total - snapshot.done)
+    eta = "" if remaining_s is None else f" ETA {_compact(remaining_s)}"
+    rates = f"{_rate(speed.rows_per_s)} rows/s {_short(speed.tokens_per_s)} tok/s"
+    return f"{count} {rates} {failed}{eta}"
+
+
+def _waiting(snapshot: Snapshot) -> str | None:
+    if snapshot.waiting is None or snapshot.waiting[0] < SHOWN_WAIT_S:
+        return None
+    seconds, reason = snapshot.waiting
+    return f"waiting {seconds:.0f} s: {reason}"
+
+
+def _fitted(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: room - 3] + "..."
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:.1f}" if per_s < 100 else f"{per_s:,.0f}"
+
+
+def _short(number: float) -> str:
+    if number < 1_000:
+        return f"{number:.0f}"
+    if number < 999_500:
+        return f"{number / 1e3:.0f}k"
+    return f"{number / 1e6:.1f}M"
+
+
+def _clock_time(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _compact(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minute:02}m"
+    return f"{minute}m{second:02}s" if minute else f"{second}s"
+
+
+class _Writer:
+    """One thread that owns the terminal and the log file."""
+
+    def __init__(self, stream: TextIO | None, log_file: TextIO | None) -> None:
+        self._stream = stream
+        self._log_file = log_file
+        self._lines: deque[tuple[list[str], list[str]]] = deque(maxlen=MAX_LINES_BEHIND)
+        self._bar_to_open: tuple[int, int] | None = None
+        self._bar_position: tuple[int, str] | None = None
+        self._bar: tqdm[NoReturn] | None = None
+        self._closing = False
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def put(self, shown: list[str], logged: list[str]) -> None:
+        with self._wake:
+            self._lines.append((shown, logged))
+            self._start()
+
+    def open_bar(self, total: int, done: int) -> None:
+        with self._wake:
+            self._bar_to_open = (total, done)
+            self._start()
+
+    def move_bar(self, done: int, tail: str) -> None:
+        with self._wake:
+            self._bar_position = (done, tail)
+            self._start()
+
+    def close(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join(FAREWELL_S)
+
+    def _start(self) -> None:
+        if self._closing:
+            return
+        if self._thread is None:
+            # A daemon, so that a terminal that never drains cannot keep the process alive.
+            self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
+            self._thread.start()
+        self._wake.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._lines or self._bar_position or self._bar_to_open or self._closing):
+                    self._wake.wait()
+                lines, self._lines = self._lines, deque(maxlen=MAX_LINES_BEHIND)
+                bar_to_open, self._bar_to_open = self._bar_to_open, None
+                bar_position, self._bar_position = self._bar_position, None
+                closing = self._closing
+            self._write_lines(lines)
+            self._draw(bar_to_open, bar_position)
+            if closing:
+                self._close_bar()
+                return
+
+    def _write_lines(self, lines: Iterable[tuple[list[str], list[str]]]) -> None:
+        for shown, logged in lines:
+            if shown and self._bar is not None:
+                self._bar.clear()
+            self._stream = _written(self._stream, shown)
+            self._log_file = _written(self._log_file, logged)
+            if shown and self._bar is not None:
+                self._bar.refresh()
+
+    def _draw(self, to_open: tuple[int, int] | None, position: tuple[int, str] | None) -> None:
+        if self._stream is None:
+            return
+        try:
+            if to_open is not None:
+                self._close_bar()
+                self._bar = _new_bar(self._stream, *to_open)
+            if position is not None and self._bar is not None:
+                self._bar.n, tail = position
+                self._bar.set_description_str(tail)
+        except (OSError, ValueError):
+            self._stream = self._bar = None
+
+    def _close_bar(self) -> None:
+        if self._bar is not None and self._stream is not None:
+            try:
+                self._bar.close()
+            except (OSError, ValueError):
+                self._stream = None
+        self._bar = None
+
+
+def _new_bar(stream: TextIO, total: int, done: int) -> tqdm[NoReturn]:
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
+        # tqdm would otherwise start a multiprocessing semaphore for its lock, and a second thread.
+        monitor_interval = 0
+        _lock = threading.RLock()
+
+    return Bar(
+        total=total,
+        initial=done,
+        file=stream,
+        ascii=" #",
+        bar_format="{percentage:3.0f}% |{bar:10}| {desc}",
+        mininterval=0,
+        leave=True,
+    )
+
+
+def _written(stream: TextIO | None, lines: list[str]) -> TextIO | None:
+    """The stream, or None once it is gone: a closed terminal must not end a paid run."""
+    if stream is None or not lines:
+        return stream
+    try:
+        stream.write("".join(f"{line}\n" for line in lines))
+        stream.flush()
+    except (OSError, ValueError):
+        return None
+    return stream
