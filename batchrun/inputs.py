@@ -1,0 +1,1085 @@
+"""Files become rows: which files, which format, and one verdict for every row.
+
+A line that is not a JSON object is a `BadRow`, with its place and reason; it never stops the
+others. A file that cannot be read is one LocalIOError. Lines are split on ``\\n`` only.
+
+What of a row is carried into the output is decided in two passes: `ColumnTypes` watches the first
+and finds one type per column, `Carried` converts to it in the second.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import os
+import stat
+import tempfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from glob import glob, has_magic
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple, TypeAlias, cast
+from uuid import UUID
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+from msgspec import Struct
+
+from batchrun.config import STDIN, InputFormat, JSONValue
+from batchrun.errors import LocalIOError, StoppedEarly, UsageError
+from batchrun.prompts import CUSTOM_ID, json_text, without_surrogates
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+Compression = Literal["", "gz", "zst"]
+
+BATCH_ROWS: Final = 1024
+HEAD_ROWS: Final = 1000
+# A table's schema says what a table has; its first rows serve only to advise.
+_TABLE_HEAD_ROWS: Final = 100
+_BATCH_BYTES: Final = 4 << 20
+_LINE_LIMIT_BYTES: Final = 64 << 20
+_READ_BYTES: Final = 1 << 20
+# zstd can expand 4 bytes to 128 KB; small pieces keep a hostile file from filling the memory.
+_ZSTD_PIECE_BYTES: Final = 8 << 10
+# Deeper values decode in one place and overflow the stack in the next.
+_DEPTH_LIMIT: Final = 400
+# One column per key: a file whose keys are data would make a table nobody can read.
+_COLUMN_LIMIT: Final = 5_000
+# Integers up to here are exact as doubles.
+_EXACT: Final = 1 << 53
+
+# The columns an output adds (contract §4); an input column of such a name is carried renamed.
+ANSWER_COLUMNS: Final = (
+    "custom_id",
+    "status",
+    "response",
+    "finish_reason",
+    "request_model",
+    "response_model",
+    "prompt_tokens",
+    "completion_tokens",
+    "total_tokens",
+    "cached_tokens",
+    "reasoning_tokens",
+    "reasoning",
+    "tool_calls",
+    "error_kind",
+    "error_code",
+    "error_message",
+    "http_status",
+    "attempts",
+    "in_doubt_attempts",
+    "latency_s",
+    "ttft_s",
+    "request_id",
+    "finished_at",
+    "request_hash",
+    "response_body",
+)
+
+_SUFFIXES: Final[Mapping[str, InputFormat]] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_COMPRESSIONS: Final[Mapping[str, Compression]] = {".gz": "gz", ".zst": "zst"}
+_MAGIC: Final[Mapping[bytes, str]] = {
+    b"\x1f\x8b": "gz",
+    b"\x28\xb5\x2f\xfd": "zst",
+    b"PAR1": "parquet",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+
+
+class BadRow(Struct, frozen=True, gc=False):
+    """A line that is not a JSON object, and why, in words for a person."""
+
+    reason: str
+
+
+Row: TypeAlias = dict[str, JSONValue]
+Rows: TypeAlias = list[Row | BadRow]
+
+
+class Fingerprint(NamedTuple):
+    """Changes when a file is written to or replaced."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+
+class InputFile(Struct, frozen=True):
+    """One file to read. ``name`` is how people know it."""
+
+    path: Path
+    name: str
+    format: InputFormat
+    compression: Compression
+    fingerprint: Fingerprint
+    size_bytes: int
+
+
+class Resolved(NamedTuple):
+    """The files of a run in reading order, and what directories and globs held besides."""
+
+    files: list[InputFile]
+    skipped: list[str]  # "data/old.parquet (made by batchrun)"
+
+
+# --- which files -------------------------------------------------------------------------------
+
+
+def resolve(
+    paths: Sequence[str],
+    input_format: InputFormat | None = None,
+    *,
+    spool: Path | None = None,
+    output: Path | None = None,
+) -> Resolved:
+    """Find the files that ``paths`` mean, in the order given.
+
+    A path is a file, a directory (its files, sorted, at any depth), a glob, or ``-`` for ``spool``.
+    UsageError when one of them is missing, empty or of an unknown format.
+    """
+    search = _Search(input_format, output, alone=len(paths) == 1)
+    for path in paths:
+        if path == STDIN:
+            if spool is None:
+                raise UsageError("-: standard input was not kept in a state directory")
+            search.add_spool(spool)
+        elif os.path.isdir(path):
+            search.add_directory(Path(path))
+        elif os.path.lexists(path):
+            search.add_literal(Path(path))
+        elif has_magic(path):
+            search.add_glob(path)
+        else:
+            raise UsageError(f"{path}: no such file or directory")
+    if not search.files:
+        raise UsageError(
+            f"{', '.join(paths)}: nothing to read; skipped {'; '.join(search.skipped)}"
+        )
+    return Resolved(search.files, search.skipped)
+
+
+class _Search:
+    """Collects the files of several paths."""
+
+    def __init__(
+        self, input_format: InputFormat | None, output: Path | None, *, alone: bool
+    ) -> None:
+        self.files: list[InputFile] = []
+        self.skipped: list[str] = []
+        self._format = input_format
+        self._output = output
+        self._alone = alone
+
+    def add_spool(self, path: Path) -> None:
+        file = _input_file(path, path.stem, self._format, magic=True)
+        self.files.append(file)
+
+    def add_literal(self, path: Path) -> None:
+        if not self._is_output(path):
+            self.files.append(_input_file(path, str(path), self._format))
+        elif self._alone:
+            raise UsageError(f"{path}: is the output of this run and cannot be its input")
+        else:
+            self._skip(path, "the output of this run")
+
+    def add_directory(self, path: Path) -> None:
+        if path.name.endswith(".batchrun"):
+            self._skip(path, "the state of a run")
+            return
+        before = len(self.files)
+        self._walk(path)
+        if len(self.files) == before:
+            raise UsageError(f"{path}: no .jsonl, .ndjson or .parquet file to read in it")
+
+    def add_glob(self, pattern: str) -> None:
+        found = sorted(glob(pattern, recursive=True))
+        if not found:
+            raise UsageError(f"{pattern}: no file matches")
+        for path in map(Path, found):
+            if path.is_dir():
+                # `**` names directories as well as what is in them.
+                if not pattern.endswith("**"):
+                    self._walk(path)
+            else:
+                self._consider(path)
+
+    def _walk(self, directory: Path) -> None:
+        try:
+            entries = sorted(directory.iterdir())
+        except OSError as exc:
+            raise _unreadable(str(directory), exc) from exc
+        for path in entries:
+            if path.name.startswith("."):
+                self._skip(path, "hidden")
+            elif path.name.endswith(".batchrun"):
+                self._skip(path, "the state of a run")
+            elif path.is_dir():
+                self._walk(path)
+            else:
+                self._consider(path)
+
+    def _consider(self, path: Path) -> None:
+        """A file somebody did not name themselves: read only if it is plainly an input."""
+        if self._is_output(path):
+            self._skip(path, "the output of this run")
+        elif path.name.startswith("."):
+            self._skip(path, "hidden")
+        elif any(parent.name.endswith(".batchrun") for parent in path.parents):
+            self._skip(path, "the state of a run")
+        elif _format_of(path)[0] is None:
+            self._skip(path, "not JSONL or Parquet")
+        elif _made_by_batchrun(path):
+            self._skip(path, "made by batchrun")
+        else:
+            self.files.append(_input_file(path, str(path), self._format))
+
+    def _skip(self, path: Path, why: str) -> None:
+        self.skipped.append(f"{path} ({why})")
+
+    def _is_output(self, path: Path) -> bool:
+        if self._output is None:
+            return False
+        return path.absolute() == self._output.absolute() or (
+            path.exists() and self._output.exists() and path.samefile(self._output)
+        )
+
+
+def _input_file(
+    path: Path, name: str, input_format: InputFormat | None, *, magic: bool = False
+) -> InputFile:
+    try:
+        status = path.stat()
+    except OSError as exc:
+        raise _unreadable(name, exc) from exc
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{name}: not a regular file; pipe it in with - instead")
+    by_suffix, compression = _format_of(path)
+    format_ = input_format or by_suffix
+    if format_ is None:
+        raise UsageError(
+            f"{name}: not .jsonl or .ndjson (also .gz, .zst) or .parquet; "
+            "say which with --input-format"
+        )
+    if magic:
+        found = _magic(path, name)
+        compression = "gz" if found == "gz" else "zst" if found == "zst" else ""
+    return InputFile(
+        path,
+        name,
+        format_,
+        compression if format_ == "jsonl" else "",
+        _fingerprint(status),
+        status.st_size,
+    )
+
+
+def _format_of(path: Path) -> tuple[InputFormat | None, Compression]:
+    compression = _COMPRESSIONS.get(path.suffix.lower(), "")
+    inner = Path(path.stem) if compression else path
+    format_ = _SUFFIXES.get(inner.suffix.lower())
+    return (None if compression and format_ == "parquet" else format_), compression
+
+
+def _made_by_batchrun(path: Path) -> bool:
+    """Outputs bear a mark: Parquet in the schema's metadata, JSONL in the first line."""
+    try:
+        if path.suffix == ".parquet":
+            return b"batchrun" in (pq.read_schema(path).metadata or {})
+        if path.suffix == ".jsonl":
+            with path.open("rb") as lines:
+                first = msgspec.json.decode(lines.readline(_LINE_LIMIT_BYTES))
+            mark = first.get("batchrun") if isinstance(first, dict) else None
+            return isinstance(mark, dict) and "request_hash" in mark
+    except (OSError, ValueError, RecursionError, pa.ArrowException):
+        pass  # Not readable as an output; reading it as an input will say what is wrong.
+    return False
+
+
+def _fingerprint(status: os.stat_result) -> Fingerprint:
+    return Fingerprint(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def unchanged(file: InputFile) -> bool:
+    """Whether the file is still the one that was resolved."""
+    try:
+        return _fingerprint(file.path.stat()) == file.fingerprint
+    except OSError:
+        return False
+
+
+def content_digest(files: Iterable[InputFile]) -> str:
+    """32 hex digits over the bytes of all files, in order; about 1 GB/s."""
+    digest = blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.format} {file.compression} {file.size_bytes}\n".encode())
+        with _mapped_errors(file), file.path.open("rb") as source:
+            while piece := source.read(_READ_BYTES):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+# --- what does not come as a file --------------------------------------------------------------
+
+
+def spool(source: BinaryIO | Iterable[Mapping[str, object]] | pa.Table, directory: Path) -> Path:
+    """Keep an input that cannot be read twice: a stream, dicts, or an Arrow table.
+
+    The file appears whole: ``stdin.jsonl``, ``rows.jsonl`` or ``table.parquet``.
+    """
+    if isinstance(source, pa.Table):
+        return _kept(directory / "table.parquet", partial(pq.write_table, source))
+    if hasattr(source, "read"):
+        return _kept(directory / "stdin.jsonl", partial(_copy, cast("BinaryIO", source)))
+    return _kept(directory / "rows.jsonl", partial(_write_rows, source))
+
+
+def _kept(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """``path``, written whole or not at all, and durable."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".spool-", delete=False) as file:
+            try:
+                write(file)  # type: ignore[arg-type]  # its wrapper is a BinaryIO in all but name
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as exc:
+        raise LocalIOError(f"{path}: cannot keep the input there: {exc.strerror or exc}") from exc
+    return path
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    while piece := source.read(_READ_BYTES):
+        target.write(piece)
+
+
+def _write_rows(rows: Iterable[Mapping[str, object]], target: BinaryIO) -> None:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise UsageError(f"row {number}: a dict is needed, not {type(row).__name__}")
+        try:
+            line = json.dumps(row, separators=(",", ":"), default=_plain)
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise UsageError(f"row {number}: cannot be written as JSON: {exc}") from exc
+        target.write(line.encode() + b"\n")
+
+
+def _plain(value: object) -> object:
+    """What JSON lacks, as JSON: numpy's scalars as numbers, dates as ISO text."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) else msgspec.to_builtins(value)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+class Batch:
+    """At most 1,024 rows, in order.
+
+    ``lines`` are 1-based: lines of a JSONL file, rows of a table. ``rows`` holds at least the
+    columns asked for; a table's rows are converted when first looked at.
+    """
+
+    __slots__ = ("_rows", "_table", "carried", "lines")
+
+    def __init__(
+        self,
+        lines: Sequence[int],
+        rows: Rows | pa.RecordBatch,
+        carried: pa.RecordBatch | None,
+    ) -> None:
+        self.lines = lines
+        self.carried = carried
+        self._rows: Rows | None = rows if isinstance(rows, list) else None
+        self._table = None if isinstance(rows, list) else rows
+
+    @property
+    def rows(self) -> Rows:
+        if self._rows is None:
+            self._rows = _rows_of(self._table)
+            self._table = None
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
+def head(file: InputFile, rows: int = HEAD_ROWS) -> tuple[list[str], list[Row]]:
+    """The columns of a file and its first good rows: what `prompts.detect` decides from.
+
+    Columns are a table's schema, or the keys of the JSONL rows, in order of appearance. Of a table
+    fewer rows are read.
+    """
+    if file.format == "parquet":
+        with _table(file) as table:
+            batches = table.iter_batches(min(rows, _TABLE_HEAD_ROWS), use_threads=False)
+            first = next(batches, None)
+            found = [] if first is None else _rows_of(first)
+            return table.schema_arrow.names, [row for row in found if isinstance(row, dict)]
+    return _head_of_lines(file, rows)
+
+
+def _head_of_lines(file: InputFile, wanted: int) -> tuple[list[str], list[Row]]:
+    columns: dict[str, None] = {}
+    good: list[Row] = []
+    for _, row, _ in _lines(file):
+        if isinstance(row, dict):
+            good.append(row)
+            columns.update(dict.fromkeys(row))
+            if len(good) == wanted:
+                break
+    return list(columns), good
+
+
+def read(
+    file: InputFile,
+    *,
+    columns: Collection[str] | None = None,
+    carry: Carried | None = None,
+) -> Iterator[Batch]:
+    """The rows of a file in batches; a file without rows gives one empty batch.
+
+    ``columns`` are those that ``rows`` must hold (None: all); a table reads no others. In a table
+    a null is an absent member, at every depth. With ``carry``, ``carried`` holds its columns.
+    LocalIOError when the file cannot be read to its end.
+    """
+    if file.format == "parquet":
+        return _read_table(file, columns, carry)
+    return _read_lines(file, carry)
+
+
+def _read_lines(file: InputFile, carry: Carried | None) -> Iterator[Batch]:
+    numbers: list[int] = []
+    rows: Rows = []
+    size_bytes = 0
+    nothing = True
+    for number, row, line_bytes in _lines(file):
+        numbers.append(number)
+        rows.append(row)
+        size_bytes += line_bytes
+        if len(rows) == BATCH_ROWS or size_bytes >= _BATCH_BYTES:
+            yield Batch(numbers, rows, carry.from_rows(rows) if carry else None)
+            numbers, rows, size_bytes, nothing = [], [], 0, False
+    if rows or nothing:
+        yield Batch(numbers, rows, carry.from_rows(rows) if carry else None)
+
+
+# --- JSON lines --------------------------------------------------------------------------------
+
+
+def _lines(file: InputFile) -> Iterator[tuple[int, Row | BadRow, int]]:
+    """Number, verdict and size of every line that is not blank."""
+    with _mapped_errors(file), _opened(file) as stream:
+        for number in itertools.count(1):
+            line = stream.readline(_LINE_LIMIT_BYTES)
+            if not line:
+                return
+            if number == 1:
+                _refuse_other_formats(line, file)
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if len(line) >= _LINE_LIMIT_BYTES and not line.endswith(b"\n"):
+                _skip_line(stream)
+                yield number, BadRow(f"longer than {_LINE_LIMIT_BYTES >> 20} MB"), 0
+            elif line and not line.isspace():
+                yield number, _row(line), len(line)
+
+
+def _skip_line(stream: BinaryIO) -> None:
+    while (more := stream.readline(_READ_BYTES)) and not more.endswith(b"\n"):
+        pass
+
+
+_DECODER: Final = msgspec.json.Decoder()
+
+
+def _row(line: bytes) -> Row | BadRow:
+    """The verdict on one line."""
+    try:
+        value = _DECODER.decode(line)
+    except (ValueError, RecursionError):
+        # msgspec also refuses what is JSON: 1e400, escapes of lone surrogates; and NaN.
+        value = _decoded_slowly(line)
+    if isinstance(value, dict):
+        nested = len(line) > 2 * _DEPTH_LIMIT and line.count(b"[") + line.count(b"{")
+        if nested > _DEPTH_LIMIT and _is_deep(value):
+            return BadRow(f"nested more than {_DEPTH_LIMIT} levels deep")
+        return value
+    return value if isinstance(value, BadRow) else BadRow(f"{_KINDS[type(value)]}, not an object")
+
+
+_KINDS: Final[Mapping[type, str]] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    Decimal: "a number",
+    str: "text",
+    list: "a list",
+}
+
+
+def _decoded_slowly(line: bytes) -> JSONValue | Decimal | BadRow:
+    try:
+        text = line.rstrip(b"\r\n").decode()
+    except UnicodeDecodeError as exc:
+        return BadRow(f"not UTF-8 at byte {exc.start + 1}")
+    try:
+        value: JSONValue = json.loads(text, parse_float=_float)
+    except json.JSONDecodeError as exc:
+        what = "a NUL byte" if text[exc.pos : exc.pos + 1] == "\0" else "broken JSON"
+        return BadRow(f"{what} at column {exc.colno}")
+    except RecursionError:
+        return BadRow(f"nested more than {_DEPTH_LIMIT} levels deep")
+    except (ValueError, InvalidOperation):
+        return BadRow("a number of too many digits")
+    return value
+
+
+def _float(digits: str) -> float | Decimal:
+    """A double, or what a double cannot hold as it was written."""
+    value = float(digits)
+    return Decimal(digits) if value in (float("inf"), float("-inf")) else value
+
+
+def _is_deep(value: JSONValue) -> bool:
+    level: list[JSONValue] = [value]
+    for _ in range(_DEPTH_LIMIT):
+        below: list[JSONValue] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+        if not below:
+            return False
+        level = below
+    return True
+
+
+@contextmanager
+def _opened(file: InputFile) -> Iterator[BinaryIO]:
+    with file.path.open("rb", buffering=_READ_BYTES) as raw:
+        if file.compression and file.size_bytes == 0:
+            raise EOFError("not even a header")
+        if file.compression == "gz":
+            with gzip.open(raw) as unpacked:
+                yield io.BufferedReader(unpacked, _READ_BYTES)
+        elif file.compression == "zst":
+            yield io.BufferedReader(_ZstdFrames(raw), _READ_BYTES)
+        else:
+            yield raw
+
+
+class _ZstdFrames(io.RawIOBase):
+    """Decompresses the frames of a stream, and raises EOFError when the last one is cut short.
+
+    zstandard's own reader takes a cut file for a whole one.
+    """
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._packed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        while not self._ready:
+            if not self._packed:
+                self._packed = self._source.read(_ZSTD_PIECE_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the last frame is cut short")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._packed = b""
+            if self._frame.eof:
+                self._packed = self._frame.unused_data
+                self._frame = None
+        target = memoryview(buffer).cast("B")
+        size = min(len(target), len(self._ready))
+        target[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+
+def _refuse_other_formats(start: bytes, file: InputFile) -> None:
+    """LocalIOError for a file that its first bytes show to be no text at all."""
+    if file.compression:
+        return
+    for magic, kind in _MAGIC.items():
+        if start.startswith(magic):
+            raise LocalIOError(f"{file.name}: {_NOT_LINES[kind]}")
+
+
+_NOT_LINES: Final[Mapping[str, str]] = {
+    "gz": "is gzip data, not JSON lines; rename it to .jsonl.gz",
+    "zst": "is zstd data, not JSON lines; rename it to .jsonl.zst",
+    "parquet": "is Parquet, not JSON lines; rename it to .parquet or use --input-format parquet",
+    "utf-16": "is UTF-16 text; convert it to UTF-8 first: iconv -f UTF-16 -t UTF-8",
+}
+
+
+def _magic(path: Path, name: str) -> str | None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as exc:
+        raise _unreadable(name, exc) from exc
+    return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _table(file: InputFile) -> Iterator[pq.ParquetFile]:
+    """The Parquet file, opened so that a big row group is not read into memory at once."""
+    with _mapped_errors(file):
+        if file.path.stat().st_size == 0:
+            raise LocalIOError(f"{file.name}: is empty (0 bytes), not a Parquet file")
+        with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_READ_BYTES) as table:
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise UsageError(f'{file.name}: two columns are named "{twice}"; rename one')
+            yield table
+
+
+def _read_table(
+    file: InputFile, columns: Collection[str] | None, carry: Carried | None
+) -> Iterator[Batch]:
+    with _table(file) as table:
+        names = table.schema_arrow.names
+        for_rows = [name for name in names if columns is None or name in columns]
+        carried = carry.sources if carry else ()
+        read_names = [name for name in names if name in for_rows or name in carried]
+        done = 0
+        for record in _records(table, read_names):
+            lines = range(done + 1, done + 1 + record.num_rows)
+            done += record.num_rows
+            yield Batch(lines, record.select(for_rows), carry.from_table(record) if carry else None)
+
+
+def _records(table: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
+    if table.metadata.num_rows == 0:
+        schema = pa.schema([table.schema_arrow.field(name) for name in names])
+        yield pa.RecordBatch.from_pylist([], schema=schema)
+        return
+    yield from table.iter_batches(_batch_rows(table.metadata), columns=names, use_threads=False)
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """How many rows of this table make about 4 MB; at most 1,024."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    widest = max((g.total_byte_size // g.num_rows for g in groups if g.num_rows), default=0)
+    return max(1, min(BATCH_ROWS, _BATCH_BYTES // max(1, widest)))
+
+
+def _rows_of(record: pa.RecordBatch) -> Rows:
+    """A record batch as JSON-like dicts; nulls are absent members, at every depth."""
+    names = record.schema.names
+    columns = [_values(record.column(name), name) for name in names]
+    if not columns:
+        return [{} for _ in range(record.num_rows)]
+    if not any(column.null_count for column in record.columns):
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    return [
+        {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        for values in zip(*columns, strict=True)
+    ]
+
+
+def _values(column: pa.Array, name: str) -> list[JSONValue]:
+    """A column's values as JSON has them; temporal ones as text, UTF-8 bytes too."""
+    try:
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        wanted = _json_type(column.type)
+        if wanted != column.type:
+            column = column.cast(wanted)
+        values: list[JSONValue] = column.to_pylist(maps_as_pydicts="lossy")
+    except (pa.ArrowException, ValueError, OverflowError) as exc:
+        raise UsageError(
+            f'column "{name}": its type {column.type} has no form in JSON; leave it out or cast it'
+        ) from exc
+    return values if _is_plain(column.type) else [_json_value(value) for value in values]
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether Python's values of this type are JSON's already."""
+    types = pa.types
+    return bool(
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_boolean(kind)
+        or types.is_integer(kind)
+        or types.is_floating(kind)
+    )
+
+
+def _json_type(kind: pa.DataType) -> pa.DataType:
+    """``kind`` with everything temporal, at any depth, as text: Python's types hold less."""
+    types = pa.types
+    if types.is_temporal(kind) and not types.is_duration(kind):
+        return pa.string()
+    if types.is_duration(kind):
+        return pa.int64()
+    if types.is_struct(kind):
+        return pa.struct([field.with_type(_json_type(field.type)) for field in kind])
+    if types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_json_type(kind.value_type)))
+    if types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_json_type(kind.value_type)))
+    return kind
+
+
+def _json_value(value: object) -> JSONValue:
+    """Nulls in structs become absent members; those in lists are elements and stay."""
+    if isinstance(value, dict):
+        return {k: _json_value(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            pass  # stays bytes: the row says so when it is to be sent
+    if isinstance(value, UUID):
+        return str(value)
+    return cast("JSONValue", value)
+
+
+# --- errors of reading -------------------------------------------------------------------------
+
+
+@contextmanager
+def _mapped_errors(file: InputFile) -> Iterator[None]:
+    """The libraries' errors become one line that names the file and what to do."""
+    try:
+        yield
+    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as exc:
+        cut = isinstance(exc, EOFError)
+        what = "is cut short" if cut else f"is not whole {file.compression} data"
+        raise LocalIOError(f"{file.name}: {what}; copy or write it again") from exc
+    except (pa.ArrowException, pa.ArrowInvalid) as exc:
+        raise LocalIOError(f"{file.name}: {_table_trouble(file, exc)}") from exc
+    except OSError as exc:
+        if exc.errno is None:
+            raise LocalIOError(f"{file.name}: {_table_trouble(file, exc)}") from exc
+        raise _unreadable(file.name, exc) from exc
+
+
+def _unreadable(name: str, exc: OSError) -> LocalIOError:
+    return LocalIOError(f"{name}: cannot be read: {exc.strerror or exc}")
+
+
+def _table_trouble(file: InputFile, exc: BaseException) -> str:
+    """What is wrong with a Parquet file: its ends say whether it is one, and whole."""
+    try:
+        with file.path.open("rb") as raw:
+            start = raw.read(4)
+            raw.seek(-min(4, file.path.stat().st_size), os.SEEK_END)
+            end = raw.read(4)
+    except OSError:
+        start = end = b""
+    if start != b"PAR1":
+        return "is not a Parquet file; if it holds JSON lines, use --input-format jsonl"
+    if end != b"PAR1":
+        return "is cut short (a Parquet file without its end); copy or write it again"
+    first_line = str(exc).strip().splitlines()[0][:200] if str(exc).strip() else type(exc).__name__
+    return f"is damaged Parquet ({first_line}); copy or write it again"
+
+
+# --- carried columns ---------------------------------------------------------------------------
+
+
+class _Wide:
+    """The kind of an integer that a double may not hold exactly."""
+
+
+class _Huge:
+    """The kind of an integer beyond 64 bits."""
+
+
+_NULL: Final = type(None)
+
+
+class ColumnTypes:
+    """Finds one type for every carried column, over all rows of all files.
+
+    ``carry`` names the columns to carry, in that order; None carries all, in order of appearance.
+    """
+
+    def __init__(self, carry: tuple[str, ...] | None) -> None:
+        self._carry = carry
+        self._kinds: dict[str, set[type]] = {}  # of the values of JSONL rows
+        self._types: dict[str, list[_TableType]] = {}  # of the columns of tables
+        self._order: dict[str, None] = {}
+        self._tables: set[Path] = set()
+        self._rows = 0
+        for name in carry or ():
+            self._kinds[name] = set()
+
+    def observe(self, file: InputFile, batch: Batch) -> None:
+        """Take note of a batch. Of tables the schema suffices; their rows are not looked at."""
+        self._rows += len(batch)
+        if file.format == "parquet":
+            if file.path not in self._tables:
+                self._tables.add(file.path)
+                self._observe_table(file)
+        elif self._carry is None:
+            self._observe_all(batch.rows)
+        elif self._carry:
+            self._observe_named(batch.rows)
+
+    def _observe_all(self, rows: Rows) -> None:
+        kinds = self._kinds
+        for row in rows:
+            if type(row) is not dict:
+                continue
+            for name, value in row.items():
+                kind: type = type(value)
+                if isinstance(value, int) and not -_EXACT <= value <= _EXACT:
+                    kind = _int_kind(value)
+                try:
+                    kinds[name].add(kind)
+                except KeyError:
+                    self._admit(name)
+                    kinds[name] = {kind}
+
+    def _observe_named(self, rows: Rows) -> None:
+        for name in self._carry or ():
+            kinds = self._kinds[name]
+            for row in rows:
+                if type(row) is dict and name in row:
+                    value = row[name]
+                    kind: type = type(value)
+                    if isinstance(value, int) and not -_EXACT <= value <= _EXACT:
+                        kind = _int_kind(value)
+                    kinds.add(kind)
+                    self._order[name] = None
+
+    def _observe_table(self, file: InputFile) -> None:
+        with _table(file) as table:
+            for field in table.schema_arrow:
+                if self._carry is None or field.name in self._carry:
+                    self._admit(field.name)
+                    seen = _TableType(field.type, _fits_double(table.metadata, field))
+                    self._types.setdefault(field.name, []).append(seen)
+
+    def _admit(self, name: str) -> None:
+        self._order[name] = None
+        if len(self._order) > _COLUMN_LIMIT:
+            raise UsageError(
+                f"more than {_COLUMN_LIMIT:,} different columns; name those to keep with --carry"
+            )
+
+    def carried(self) -> Carried:
+        """What was found. UsageError when a column named by --carry is nowhere."""
+        names = list(self._order) if self._carry is None else list(self._carry)
+        if self._carry and self._rows:
+            for name in self._carry:
+                if name not in self._order:
+                    raise UsageError(f"--carry {name}: no row has a column of that name")
+        return Carried({n: self._type(n) for n in names if n != CUSTOM_ID})
+
+    def _type(self, name: str) -> pa.DataType:
+        found = list(self._types.get(name, ()))
+        if kinds := self._kinds.get(name):
+            found.append(_type_of_kinds(kinds))
+        merged = found[0] if found else _TableType(pa.null(), True)
+        for other in found[1:]:
+            merged = _merged(merged, other)
+        # Only a table's own column of nulls keeps that type.
+        keep_null = name in self._types
+        return pa.string() if pa.types.is_null(merged.type) and not keep_null else merged.type
+
+
+class _TableType(NamedTuple):
+    type: pa.DataType
+    fits_double: bool  # every integer in it is exact as a double
+
+
+def _int_kind(value: int) -> type:
+    return _Wide if -(1 << 63) <= value < 1 << 63 else _Huge
+
+
+def _type_of_kinds(kinds: set[type]) -> _TableType:
+    """One type for JSON values of these kinds (contract §4)."""
+    kinds = kinds - {_NULL}
+    exact = _Wide not in kinds
+    if not kinds:
+        return _TableType(pa.null(), True)
+    if kinds == {bool}:
+        return _TableType(pa.bool_(), True)
+    if kinds <= {int, _Wide}:
+        return _TableType(pa.int64(), exact)
+    if kinds <= {int, float}:
+        return _TableType(pa.float64(), True)
+    return _TableType(pa.string(), True)
+
+
+def _merged(a: _TableType, b: _TableType) -> _TableType:
+    """The type of one column in two files: a wider one that loses nothing, else text."""
+    types = pa.types
+    exact = a.fits_double and b.fits_double
+    if a.type == b.type or types.is_null(b.type):
+        return _TableType(a.type, exact)
+    if types.is_null(a.type):
+        return _TableType(b.type, exact)
+    if types.is_integer(a.type) and types.is_integer(b.type):
+        wider = _wider_integer(a.type, b.type)
+        return _TableType(wider, exact)
+    if _is_number(a.type) and _is_number(b.type) and exact:
+        return _TableType(pa.float64(), True)
+    if types.is_large_string(a.type) or types.is_large_string(b.type):
+        return _TableType(pa.large_string(), True)
+    return _TableType(pa.string(), True)
+
+
+def _wider_integer(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+    signed = pa.types.is_signed_integer
+    if signed(a) == signed(b):
+        return a if a.bit_width >= b.bit_width else b
+    if pa.uint64() in (a, b):
+        return pa.string()
+    return pa.int64()
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _fits_double(metadata: pq.FileMetaData, field: pa.Field) -> bool:
+    """Whether a column's integers are all exact as doubles, as far as its statistics tell."""
+    if not pa.types.is_integer(field.type) or field.type.bit_width < 64:
+        return True
+    for g in range(metadata.num_row_groups):
+        group = metadata.row_group(g)
+        for c in range(group.num_columns):
+            column = group.column(c)
+            if column.path_in_schema == field.name:
+                bounds = column.statistics
+                if bounds is None or not bounds.has_min_max:
+                    return False
+                if max(abs(bounds.min), abs(bounds.max)) > _EXACT:
+                    return False
+    return True
+
+
+class Carried:
+    """The input's columns as the output has them, and how to make them.
+
+    ``renamed`` lists (column, carried as); ``surrogates`` counts the lone surrogates that became
+    U+FFFD in what was converted so far.
+    """
+
+    def __init__(self, types: Mapping[str, pa.DataType]) -> None:
+        self._columns = list(types.items())
+        outputs = _output_names(types)
+        self.sources = frozenset(types)
+        self.schema = pa.schema(
+            [pa.field(out, kind) for out, kind in zip(outputs, types.values(), strict=True)]
+        )
+        self.renamed = [(n, out) for n, out in zip(types, outputs, strict=True) if n != out]
+        self.surrogates = 0
+
+    def from_rows(self, rows: Rows) -> pa.RecordBatch:
+        """The carried columns of JSONL rows; a bad row has nulls.
+
+        StoppedEarly when a value does not fit the type found before: the file was changed.
+        """
+        good = [row if type(row) is dict else {} for row in rows]
+        arrays = [self._column(name, kind, good) for name, kind in self._columns]
+        return self._batch(arrays, len(rows))
+
+    def _column(self, name: str, kind: pa.DataType, rows: Sequence[Row]) -> pa.Array:
+        values = [row.get(name) for row in rows]
+        if not _is_text(kind):
+            try:
+                return pa.array(values, kind)
+            except (pa.ArrowException, ValueError, TypeError, OverflowError) as exc:
+                raise StoppedEarly(
+                    f'column "{name}" changed while the input was read; run the command again'
+                ) from exc
+        try:
+            return pa.array(values, kind)
+        except (pa.ArrowException, ValueError, TypeError):
+            return pa.array([self._text(value) for value in values], kind)
+
+    def _text(self, value: JSONValue) -> str | None:
+        if value is None:
+            return None
+        text = value if isinstance(value, str) else json_text(value)
+        clean = without_surrogates(text)
+        if clean != text:
+            self.surrogates += sum(a != b for a, b in zip(text, clean, strict=True))
+        return clean
+
+    def from_table(self, record: pa.RecordBatch) -> pa.RecordBatch:
+        """The carried columns of a table's rows."""
+        arrays = []
+        for name, kind in self._columns:
+            at = record.schema.get_field_index(name)
+            if at < 0:
+                arrays.append(pa.nulls(record.num_rows, kind))
+            else:
+                arrays.append(self._converted(record.column(at), kind, name))
+        return self._batch(arrays, record.num_rows)
+
+    def _converted(self, column: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
+        if column.type == kind:
+            return column
+        if _is_text(kind) and not _is_text(column.type):
+            return pa.array([self._text(value) for value in _values(column, name)], kind)
+        return column.cast(kind)
+
+    def _batch(self, arrays: list[pa.Array], rows: int) -> pa.RecordBatch:
+        if arrays:
+            return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+        # Without columns a batch cannot know its length; its users take it from the rows.
+        return pa.RecordBatch.from_pylist([{}] * rows, schema=self.schema)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _output_names(names: Iterable[str]) -> list[str]:
+    """Names that clash with neither the answer columns, case aside, nor each other."""
+    names = list(names)
+    taken = {without_surrogates(name) for name in names}
+    outputs: list[str] = []
+    for name in names:
+        output = without_surrogates(name)
+        while output.casefold() in ANSWER_COLUMNS or (output != name and output in taken):
+            output = f"input_{output}"
+        taken.add(output)
+        outputs.append(output)
+    return outputs
