@@ -1,0 +1,993 @@
+"""Publish the table: answer columns to Parquet or JSONL, whole or not at all; and read it back.
+
+A published file is the memory of the runs after it: ``read_back`` gives every outcome it holds as
+the journal would have, so that any rerun takes one path. What is said about the whole file, the
+Footer, lives in the Parquet file's own key-value metadata and in the last line of a JSONL file.
+It is not in the Arrow schema's metadata: that is copied along by whoever filters the table and
+writes it anew, and such a file is not batchrun's to replace.
+
+Publishing runs in a thread beside an event loop, so nothing here holds the GIL for long: columns
+are made from pieces of at most 4 MB, and Parquet's encoder works without it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple, Protocol, cast
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from msgspec import Raw, Struct
+
+from batchrun import answers, prompts
+from batchrun.accounting import OutputTally
+from batchrun.config import OutputFormat
+from batchrun.errors import LocalIOError
+from batchrun.types import (
+    NO_USAGE,
+    Answer,
+    ErrorCount,
+    Outcome,
+    OutcomeKind,
+    TokenCounts,
+    Usage,
+)
+
+FOOTER_KEY = b"batchrun"
+GROUP_ROWS = 20_000
+GROUP_BYTES = 32_000_000
+PIECE_ROWS = 1_024
+PIECE_BYTES = 4_000_000
+MAX_FOOTER_ERRORS = 50
+TEMPORARY_SUFFIX = ".batchrun-tmp"
+
+_TYPES: Final[Mapping[str, pa.DataType]] = {
+    **dict.fromkeys(answers.ANSWER_COLUMNS, pa.string()),
+    **dict.fromkeys(
+        ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens"),
+        pa.int64(),
+    ),
+    **dict.fromkeys(("http_status", "attempts", "in_doubt_attempts"), pa.int32()),
+    **dict.fromkeys(("latency_s", "ttft_s"), pa.float64()),
+    "finished_at": pa.timestamp("ms", tz="UTC"),
+}
+# Nearly every value of these differs: a dictionary would be built, found useless and dropped.
+_DISTINCT = frozenset(
+    {"custom_id", "response", "reasoning", "tool_calls", "error_message", "latency_s", "ttft_s"}
+    | {"request_id", "finished_at", "request_hash", "response_body"}
+)
+_CELL_TYPES: Final = [_TYPES[name] for name in answers.ANSWER_COLUMNS[:-1]]
+_PASSING: Final[frozenset[str]] = frozenset(
+    {"rate_limit", "transient", "timeout", "invalid_response"}
+)
+_NO_ANSWER = Answer()
+
+
+class InvalidRow(Struct, frozen=True, gc=False):
+    """A row that could not become a request; ``reason`` says why, without file and line."""
+
+    reason: str
+
+
+class Slice(NamedTuple):
+    """Consecutive rows, at most about a thousand: what the input says and what the endpoint said.
+
+    ``carried`` has one row for each outcome and the schema given to ``publish``. ``sources`` are
+    looked at for failed rows only, so they may be made lazily. An outcome None is a row still
+    pending: it is counted and left out.
+    """
+
+    carried: pa.RecordBatch | None
+    custom_ids: Sequence[str]
+    sources: Sequence[str]  # "prompts.jsonl:214"
+    outcomes: Sequence[Outcome | InvalidRow | None]
+
+
+class FooterRows(Struct, frozen=True):
+    """How many rows of the file are what; ``passing`` of the errors are tried by every rerun."""
+
+    ok: int = 0
+    error: int = 0
+    passing: int = 0
+    truncated: int = 0
+    filtered: int = 0
+    empty: int = 0
+    duplicate: int = 0
+
+
+class Footer(Struct, frozen=True, kw_only=True):
+    """What a published file says about itself. Members may be added, never renamed.
+
+    The caller fills in all but ``rows``, ``tokens``, ``errors`` and ``request_models``: ``publish``
+    takes those from its tally. An empty file stands for ``Footer(complete=False)``.
+    """
+
+    schema: int = 1
+    batchrun_version: str = ""
+    run_id: str = ""
+    complete: bool = True
+    synthetic: bool = False
+    inputs: list[str] = []
+    inputs_digest: str = ""
+    settings: dict[str, Any] = {}
+    publishing: dict[str, Any] = {}
+    hosts: list[str] = []
+    started_at: str = ""
+    finished_at: str = ""
+    rows: FooterRows = FooterRows()
+    tokens: TokenCounts = msgspec.field(default_factory=TokenCounts)
+    errors: list[ErrorCount] = []
+    request_models: list[str] = []
+
+
+class _Row(NamedTuple):
+    custom_id: str
+    outcome: Outcome | None  # None: invalid input
+    answer: Answer
+    message: str  # of the error, "" when there is none
+
+
+class _Writer(Protocol):
+    def write(self, rows: list[_Row], carried: pa.RecordBatch | None) -> None: ...
+
+    def finish(self, footer: Footer) -> None: ...
+
+
+def publish(
+    target: Path | BinaryIO,
+    fmt: OutputFormat,
+    carried_schema: pa.Schema,
+    slices: Iterable[Slice],
+    footer: Footer,
+    tally: OutputTally,
+    *,
+    response_body: bool,
+) -> Footer:
+    """Write every slice, in order, and return the footer with the counts filled in.
+
+    A path changes in one step, when all is written and durable: a reader sees the old file or the
+    new one. On any failure the old file stays as it is and the temporary is removed. What cannot be
+    written is a LocalIOError naming the path; what ``slices`` raises passes as it is. A stream is
+    written as the rows come and flushed at the end; a BrokenPipeError of it passes as it is.
+    """
+    if not isinstance(target, Path):
+        sink = _Sink(target, "standard output")
+        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body)
+    with _replacing(target) as sink:
+        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body)
+
+
+def recognise(path: Path) -> Footer | None:
+    """The footer of a file batchrun wrote; None for any other. LocalIOError when unreadable."""
+    with _reading(path), path.open("rb") as file:
+        if file.read(4) == b"PAR1":
+            return _parquet_footer(path)
+        return _jsonl_footer(file)
+
+
+def read_back(path: Path) -> Iterator[Outcome]:
+    """Yield what a published file holds, in order, as a journal would hold it.
+
+    Left out are rows of invalid input and rows whose ``request_hash`` has another version.
+    ``occurrence`` is 0 throughout: numbering equal hashes is the caller's. An answer published
+    without ``response_body`` comes with a body put together from its columns, ``rebuilt`` set.
+    """
+    with _reading(path):
+        with path.open("rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+        yield from _read_parquet(path) if is_parquet else _read_jsonl(path)
+
+
+def backup(path: Path) -> Path:
+    """Keep ``path`` also as ``<path>.bak``, in the place of an older one; ``path`` stays there."""
+    kept = path.with_name(path.name + ".bak")
+    temporary = _temporary(kept)
+    with _mapped(str(kept)):
+        try:
+            temporary.unlink(missing_ok=True)
+            _link_or_copy(path, temporary)
+            os.replace(temporary, kept)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(kept.parent)
+    return kept
+
+
+def clean_leftovers(path: Path) -> None:
+    """Remove temporaries that killed publishes of ``path`` left; call it holding the lock."""
+    path = Path(os.path.realpath(path))
+    pattern = re.compile(
+        re.escape(_temporary_prefix(path)) + r"(\d+)" + re.escape(TEMPORARY_SUFFIX)
+    )
+    with suppress(OSError):
+        for entry in os.scandir(path.parent):
+            match = pattern.fullmatch(entry.name)
+            if match and not _is_other_process(int(match[1])):
+                os.unlink(entry.path)
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def _write(
+    sink: _Sink,
+    fmt: OutputFormat,
+    carried_schema: pa.Schema,
+    slices: Iterable[Slice],
+    footer: Footer,
+    tally: OutputTally,
+    response_body: bool,
+) -> Footer:
+    writer: _Writer
+    if fmt == "parquet":
+        writer = _ParquetWriter(sink, carried_schema, response_body)
+    else:
+        writer = _JsonlWriter(sink, response_body)
+    try:
+        for whole in slices:
+            for piece in _pieces(whole):
+                rows, carried = _told(piece, tally)
+                if rows:
+                    writer.write(rows, carried)
+        footer = _filled_in(footer, tally)
+        writer.finish(footer)
+    except BaseException:
+        # pyarrow writes a footer when its writer is collected; by then nobody wants it.
+        sink.discard()
+        raise
+    sink.flush()
+    return footer
+
+
+def _filled_in(footer: Footer, tally: OutputTally) -> Footer:
+    rows = tally.rows
+    return msgspec.structs.replace(
+        footer,
+        rows=FooterRows(
+            ok=rows.ok,
+            error=rows.error,
+            passing=tally.passing,
+            truncated=rows.truncated,
+            filtered=rows.filtered,
+            empty=rows.empty,
+            duplicate=rows.duplicate,
+        ),
+        tokens=tally.tokens,
+        errors=tally.errors[:MAX_FOOTER_ERRORS],
+        request_models=tally.request_models,
+    )
+
+
+def _footer_json(footer: Footer) -> bytes:
+    try:
+        return msgspec.json.encode(footer)
+    except UnicodeEncodeError:  # a file name need not be UTF-8
+        return _clean(json.dumps(msgspec.to_builtins(footer), ensure_ascii=False)).encode()
+
+
+def _pieces(whole: Slice) -> Iterator[Slice]:
+    """Cut a slice so that no piece is much larger than PIECE_BYTES or longer than PIECE_ROWS."""
+    ends = _ends(whole)
+    if len(ends) <= 1:
+        yield whole
+        return
+    start = 0
+    for end in ends:
+        yield Slice(
+            None if whole.carried is None else whole.carried.slice(start, end - start),
+            whole.custom_ids[start:end],
+            [whole.sources[at] for at in range(start, end)],
+            whole.outcomes[start:end],
+        )
+        start = end
+
+
+def _ends(whole: Slice) -> list[int]:
+    outcomes, carried = whole.outcomes, whole.carried
+    each = 0 if carried is None or not len(outcomes) else carried.nbytes // len(outcomes)
+    ends: list[int] = []
+    start = size = 0
+    for end, outcome in enumerate(outcomes, 1):
+        size += each
+        if type(outcome) is Outcome:
+            size += len(outcome.body)
+        if size >= PIECE_BYTES or end - start >= PIECE_ROWS or end == len(outcomes):
+            ends.append(end)
+            start, size = end, 0
+    return ends
+
+
+def _told(piece: Slice, tally: OutputTally) -> tuple[list[_Row], pa.RecordBatch | None]:
+    """Tell the tally about every row; return those that are published, with what they carry."""
+    rows: list[_Row] = []
+    pending: list[int] = []
+    add = tally.add
+    for at, (custom_id, outcome) in enumerate(zip(piece.custom_ids, piece.outcomes, strict=True)):
+        if type(outcome) is Outcome:
+            if outcome.kind == "ok":
+                answer = answers.answer(outcome.body)
+                add(outcome, None, answer, custom_id, "")
+                rows.append(_Row(custom_id, outcome, answer, ""))
+            else:
+                row = _clean_row(_Row(custom_id, outcome, _NO_ANSWER, outcome.message))
+                add(row.outcome, None, None, row.custom_id, _clean(piece.sources[at]))
+                rows.append(row)
+        elif type(outcome) is InvalidRow:
+            source, reason = _clean(piece.sources[at]), _clean(outcome.reason)
+            row = _Row(_clean(custom_id), None, _NO_ANSWER, f"{source}: {reason}")
+            add(None, reason, None, row.custom_id, source)
+            rows.append(row)
+        else:
+            add(None, None, None, custom_id, "")
+            pending.append(at)
+    carried = piece.carried
+    if pending and carried is not None:
+        left_out = set(pending)
+        carried = carried.take([at for at in range(len(piece.outcomes)) if at not in left_out])
+    return rows, carried
+
+
+def _clean_row(row: _Row) -> _Row:
+    """The row with texts that UTF-8 can hold; a journal or a header may have brought others."""
+    custom_id, outcome, answer, message = row
+    if outcome is not None:
+        outcome = msgspec.structs.replace(
+            outcome,
+            code=_clean(outcome.code),
+            message=_clean(outcome.message),
+            request_id=_clean(outcome.request_id),
+            model=_clean(outcome.model),
+        )
+    return _Row(_clean(custom_id), outcome, answer, _clean(message))
+
+
+def _clean(text: str) -> str:
+    """``text``, each lone surrogate in it replaced by U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+class _ParquetWriter:
+    """Collects pieces into row groups and writes each group in one call, without the GIL."""
+
+    def __init__(self, sink: _Sink, carried: pa.Schema, response_body: bool) -> None:
+        names = answers.ANSWER_COLUMNS if response_body else answers.ANSWER_COLUMNS[:-1]
+        own = [pa.field(name, _TYPES[name]) for name in names]
+        metadata = {k: v for k, v in (carried.metadata or {}).items() if k != FOOTER_KEY}
+        self._schema = pa.schema([*carried, *own], metadata=metadata or None)
+        self._response_body = response_body
+        self._writer = pq.ParquetWriter(
+            sink,
+            self._schema,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[name for name in self._schema.names if name not in _DISTINCT],
+        )
+        self._group: list[pa.RecordBatch] = []
+        self._group_rows = self._group_bytes = 0
+
+    def write(self, rows: list[_Row], carried: pa.RecordBatch | None) -> None:
+        arrays = list(carried.columns) if carried is not None else []
+        columns = zip(*[_cells(row) for row in rows], strict=True)
+        arrays += [_array(column, kind) for column, kind in zip(columns, _CELL_TYPES, strict=True)]
+        if self._response_body:
+            arrays.append(_bodies([row.outcome for row in rows]))
+        batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
+        size = batch.nbytes
+        if self._group_rows + len(rows) > GROUP_ROWS or self._group_bytes + size > GROUP_BYTES:
+            self._close_group()
+        self._group.append(batch)
+        self._group_rows += len(rows)
+        self._group_bytes += size
+
+    def finish(self, footer: Footer) -> None:
+        self._close_group()
+        self._writer.add_key_value_metadata({FOOTER_KEY: _footer_json(footer)})
+        self._writer.close()
+
+    def _close_group(self) -> None:
+        if self._group:
+            table = pa.Table.from_batches(self._group, self._schema)
+            self._group = []
+            self._group_rows = self._group_bytes = 0
+            self._writer.write_table(table, row_group_size=GROUP_ROWS)
+
+
+def _cells(row: _Row) -> tuple[object, ...]:
+    """One row's values in the order of ANSWER_COLUMNS, but for the last: the body."""
+    custom_id, outcome, answer, message = row
+    if outcome is None:
+        return (
+            *(custom_id, "error", None, None, None, None),
+            *(None, None, None, None, None, None, None),
+            *("invalid_input", None, message),
+            *(None, 0, 0, None, None, None, None, None),
+        )
+    is_ok = outcome.kind == "ok"
+    usage = outcome.usage
+    return (
+        custom_id,
+        "ok" if is_ok else "error",
+        answer.response,
+        answer.finish_reason,
+        outcome.model or None,
+        answer.response_model,
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.total_tokens,
+        usage.cached_tokens,
+        usage.reasoning_tokens,
+        answer.reasoning,
+        answer.tool_calls,
+        None if is_ok else outcome.kind,
+        None if is_ok else outcome.code or None,
+        None if is_ok else message or None,
+        outcome.http_status,
+        outcome.attempts,
+        outcome.in_doubt,
+        outcome.latency_s,
+        outcome.ttft_s,
+        outcome.request_id or None,
+        outcome.finished_at_ms or None,
+        prompts.format_hash(outcome.hash),
+    )
+
+
+def _array(values: Sequence[object], kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:
+        return pa.array([_clean(v) if isinstance(v, str) else v for v in values], kind)
+
+
+def _bodies(outcomes: Sequence[Outcome | None]) -> pa.Array:
+    """The column response_body; a body put together from columns is not the endpoint's."""
+    bodies = [o.body if o is not None and o.body and not o.rebuilt else None for o in outcomes]
+    try:
+        return pa.array(bodies, pa.string())  # checks the UTF-8 and copies, no text in between
+    except pa.ArrowInvalid:
+        texts = [None if body is None else answers.body_text(body) for body in bodies]
+        return pa.array(texts, pa.string())
+
+
+# --- JSONL ---------------------------------------------------------------------------------------
+
+
+class _JsonResponse(Struct):
+    status_code: int | None = None
+    request_id: str | None = None
+    body: Raw | str | None = None
+
+
+class _JsonError(Struct):
+    code: str | None = None
+    message: str | None = None
+
+
+class _JsonMember(Struct, omit_defaults=True):
+    """The member ``batchrun``: what OpenAI's batch lines have no place for."""
+
+    status: str
+    request_hash: str | None = None
+    request_model: str | None = None
+    error_kind: str | None = None
+    attempts: int = -1  # never left out
+    in_doubt_attempts: int = -1  # never left out
+    latency_s: float | None = None
+    ttft_s: float | None = None
+    finished_at: datetime | None = None
+    usage: Usage | None = None  # of an attempt whose body is not there to tell
+    rebuilt: bool = False  # the body holds the answer columns only
+    input: dict[str, object] | None = None
+
+
+class _JsonLine(Struct):
+    id: str
+    custom_id: str
+    response: _JsonResponse | None
+    error: _JsonError | None
+    batchrun: _JsonMember  # the last member, for the last line's sake
+
+
+class _JsonlWriter:
+    """OpenAI batch output lines. The last one waits: the footer becomes its ``batchrun.run``."""
+
+    def __init__(self, sink: _Sink, response_body: bool) -> None:
+        self._sink = sink
+        self._response_body = response_body
+        self._encode = msgspec.json.Encoder(enc_hook=str).encode
+        self._written = 0
+        self._last = b""
+
+    def write(self, rows: list[_Row], carried: pa.RecordBatch | None) -> None:
+        inputs = _carried_rows(carried, len(rows))
+        lines = [self._last] if self._last else []
+        for row, carried_row in zip(rows, inputs, strict=True):
+            self._written += 1
+            lines.append(self._line(row, carried_row))
+        self._last = lines.pop()
+        if lines:
+            self._sink.write(b"\n".join(lines) + b"\n")
+
+    def finish(self, footer: Footer) -> None:
+        if self._last:
+            run = b',"run":' + _footer_json(footer)
+            self._sink.write(self._last[:-2] + run + b"}}\n")
+
+    def _line(self, row: _Row, carried: dict[str, object] | None) -> bytes:
+        line = self._made(row, carried)
+        try:
+            return self._encode(line)
+        except UnicodeEncodeError:
+            return self._encode(self._made(_clean_row(row), carried))
+
+    def _made(self, row: _Row, carried: dict[str, object] | None) -> _JsonLine:
+        identity = f"batch_req_{self._written}"
+        outcome = row.outcome
+        if outcome is None:
+            member = _JsonMember(
+                "error",
+                error_kind="invalid_input",
+                attempts=0,
+                in_doubt_attempts=0,
+                input=carried,
+            )
+            error = _JsonError(None, row.message)
+            return _JsonLine(identity, row.custom_id, None, error, member)
+        is_ok = outcome.kind == "ok"
+        rebuilt = is_ok and (outcome.rebuilt or not self._response_body)
+        body = self._body(row, outcome, rebuilt)
+        member = _JsonMember(
+            "ok" if is_ok else "error",
+            prompts.format_hash(outcome.hash),
+            outcome.model or None,
+            None if is_ok else outcome.kind,
+            outcome.attempts,
+            outcome.in_doubt,
+            outcome.latency_s,
+            outcome.ttft_s,
+            _instant(outcome.finished_at_ms),
+            outcome.usage if body is None and outcome.usage != NO_USAGE else None,
+            rebuilt,
+            carried,
+        )
+        failure = None if is_ok else _JsonError(outcome.code or None, row.message or None)
+        response = _JsonResponse(outcome.http_status, outcome.request_id or None, body)
+        said = outcome.http_status is not None or body is not None
+        return _JsonLine(identity, row.custom_id, response if said else None, failure, member)
+
+    def _body(self, row: _Row, outcome: Outcome, rebuilt: bool) -> Raw | str | None:
+        if rebuilt:
+            return Raw(_rebuilt(row.answer, outcome.usage))
+        if not outcome.body or not self._response_body:
+            return None
+        spliced = answers.body_json(outcome.body)
+        # A body that is no object or array, an HTML page for instance, is the text of it.
+        return answers.body_text(outcome.body) if spliced is None else Raw(spliced)
+
+
+def _rebuilt(answer: Answer, usage: Usage) -> bytes:
+    return answers.rebuild(
+        answer.response,
+        answer.finish_reason,
+        answer.response_model,
+        usage,
+        answer.reasoning,
+        answer.tool_calls,
+    )
+
+
+def _instant(unix_ms: int) -> datetime | None:
+    if not unix_ms:
+        return None
+    seconds, ms = divmod(unix_ms, 1000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=ms * 1000)
+
+
+def _carried_rows(carried: pa.RecordBatch | None, rows: int) -> Iterator[dict[str, object] | None]:
+    if carried is None or not carried.num_columns:
+        return iter([None] * rows)
+    names = carried.schema.names
+    columns = [_values(column) for column in carried.columns]
+    return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _values(column: pa.Array) -> list[object]:
+    try:
+        return cast("list[object]", column.to_pylist())
+    except (ValueError, OverflowError, pa.ArrowException):
+        # Nanoseconds, and years that datetime does not have.
+        return [None if not value.is_valid else _scalar_text(value) for value in column]
+
+
+def _scalar_text(value: pa.Scalar) -> str:
+    try:
+        return cast("str", value.cast(pa.string()).as_py())
+    except (ValueError, pa.ArrowException):
+        return str(value)
+
+
+# --- reading back --------------------------------------------------------------------------------
+
+_BACK_COLUMNS = tuple(name for name in answers.ANSWER_COLUMNS if name != "custom_id")
+
+
+def _parquet_footer(path: Path) -> Footer | None:
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except pa.ArrowException:
+        return None
+    return _footer(metadata.get(FOOTER_KEY, b""))
+
+
+class _Run(Struct):
+    run: Raw = Raw(b"")
+
+
+class _LastLine(Struct):
+    batchrun: _Run | None = None
+
+
+def _jsonl_footer(file: BinaryIO) -> Footer | None:
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return Footer(complete=False)
+    try:
+        line = msgspec.json.decode(_last_line(file, size), type=_LastLine)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return None if line.batchrun is None else _footer(bytes(line.batchrun.run))
+
+
+def _last_line(file: BinaryIO, size: int) -> bytes:
+    """The last line, read from the end: it holds a whole answer and may be long."""
+    length = 64_000
+    while True:
+        file.seek(max(0, size - length))
+        tail = file.read().rstrip(b"\n")
+        at = tail.rfind(b"\n")
+        if at >= 0 or length >= size:
+            return tail[at + 1 :]
+        length *= 8
+
+
+def _footer(text: bytes) -> Footer | None:
+    try:
+        return msgspec.json.decode(text, type=Footer)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+def _read_parquet(path: Path) -> Iterator[Outcome]:
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=256_000) as file:
+        present = [name for name in _BACK_COLUMNS if name in file.schema_arrow.names]
+        for batch in file.iter_batches(PIECE_ROWS, columns=present, use_threads=False):
+            columns = {name: _back_values(batch.column(name), name) for name in present}
+            absent = [None] * batch.num_rows
+            rows = zip(*[columns.get(name, absent) for name in _BACK_COLUMNS], strict=True)
+            for row in rows:
+                outcome = _outcome_of(_Published(*row))
+                if outcome is not None:
+                    yield outcome
+
+
+def _back_values(column: pa.Array, name: str) -> list[Any]:
+    if name == "finished_at":
+        column = column.cast(pa.timestamp("ms", tz="UTC")).cast(pa.int64())
+    return cast("list[Any]", column.to_pylist())
+
+
+class _Published(NamedTuple):
+    """One published row, the columns after ``custom_id``; null where nothing was reported."""
+
+    status: str
+    response: str | None
+    finish_reason: str | None
+    request_model: str | None
+    response_model: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    total_tokens: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
+    reasoning: str | None
+    tool_calls: str | None
+    error_kind: str | None
+    error_code: str | None
+    error_message: str | None
+    http_status: int | None
+    attempts: int | None
+    in_doubt_attempts: int | None
+    latency_s: float | None
+    ttft_s: float | None
+    request_id: str | None
+    finished_at: int | None
+    request_hash: str | None
+    response_body: str | None
+
+
+def _outcome_of(row: _Published) -> Outcome | None:
+    digest = prompts.parse_hash(row.request_hash) if row.request_hash else None
+    if digest is None:
+        return None
+    kind = _kind(row.status, row.error_kind)
+    usage = Usage(
+        row.prompt_tokens,
+        row.completion_tokens,
+        row.total_tokens,
+        row.cached_tokens,
+        row.reasoning_tokens,
+    )
+    rebuilt = kind == "ok" and row.response_body is None
+    if rebuilt:
+        body = answers.rebuild(
+            row.response,
+            row.finish_reason,
+            row.response_model,
+            usage,
+            row.reasoning,
+            row.tool_calls,
+        )
+    else:
+        body = (row.response_body or "").encode()
+    return Outcome(
+        hash=digest,
+        occurrence=0,
+        kind=kind,
+        final=kind not in _PASSING,
+        attempts=row.attempts or 0,
+        in_doubt=row.in_doubt_attempts or 0,
+        http_status=row.http_status,
+        code=row.error_code or "",
+        message=row.error_message or "",
+        request_id=row.request_id or "",
+        model=row.request_model or "",
+        latency_s=row.latency_s,
+        ttft_s=row.ttft_s,
+        finished_at_ms=row.finished_at or 0,
+        usage=usage,
+        body=body,
+        rebuilt=rebuilt,
+    )
+
+
+def _kind(status: str | None, error_kind: str | None) -> OutcomeKind:
+    if status == "ok":
+        return "ok"
+    if error_kind == "rejected" or error_kind in _PASSING:
+        return cast("OutcomeKind", error_kind)
+    return "transient"  # the set is open: what we do not know is tried again
+
+
+class _BackResponse(Struct):
+    status_code: int | None = None
+    request_id: str | None = None
+    body: Raw = Raw(b"null")
+
+
+class _BackLine(Struct):
+    batchrun: _JsonMember
+    response: _BackResponse | None = None
+    error: _JsonError | None = None
+
+
+def _read_jsonl(path: Path) -> Iterator[Outcome]:
+    decode = msgspec.json.Decoder(_BackLine).decode
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                outcome = _outcome_of_line(decode(line))
+            except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
+                raise LocalIOError(
+                    f"{path} line {number}: not a line batchrun wrote; its answers cannot be reused"
+                ) from exc
+            if outcome is not None:
+                yield outcome
+
+
+def _outcome_of_line(line: _BackLine) -> Outcome | None:
+    member = line.batchrun
+    digest = prompts.parse_hash(member.request_hash) if member.request_hash else None
+    if digest is None:
+        return None
+    response = line.response or _BackResponse()
+    error = line.error or _JsonError()
+    body = _back_body(bytes(response.body))
+    kind = _kind(member.status, member.error_kind)
+    at = member.finished_at
+    return Outcome(
+        hash=digest,
+        occurrence=0,
+        kind=kind,
+        final=kind not in _PASSING,
+        attempts=max(0, member.attempts),
+        in_doubt=max(0, member.in_doubt_attempts),
+        http_status=response.status_code,
+        code=error.code or "",
+        message=error.message or "",
+        request_id=response.request_id or "",
+        model=member.request_model or "",
+        latency_s=member.latency_s,
+        ttft_s=member.ttft_s,
+        finished_at_ms=0 if at is None else round(at.timestamp() * 1000),
+        usage=member.usage or answers.parse(body).usage,
+        body=body,
+        rebuilt=member.rebuilt,
+    )
+
+
+def _back_body(spliced: bytes) -> bytes:
+    if spliced == b"null":
+        return b""
+    if spliced.startswith(b'"'):
+        return msgspec.json.decode(spliced, type=str).encode()
+    return spliced
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+class _Sink:
+    """A file to write to whose failures are LocalIOErrors naming it, from wherever they come.
+
+    pyarrow hands on what a Python file raises, so its writes pass here as well as ours.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._name = name
+        self._discarding = False
+        self.closed = False
+
+    def write(self, data: bytes | memoryview) -> int:
+        if not self._discarding:
+            with _mapped(self._name):
+                self._file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        if not self._discarding:
+            with _mapped(self._name):
+                self._file.flush()
+
+    def discard(self) -> None:
+        """Let every later write go nowhere."""
+        self._discarding = True
+
+    def close(self) -> None:
+        """Closing is for whoever opened the file."""
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextmanager
+def _replacing(shown: Path) -> Iterator[_Sink]:
+    """A new file that takes ``shown``'s place when the block ends well, and else never existed."""
+    with _mapped(str(shown)):
+        path = Path(os.path.realpath(shown))
+        old = _regular_or_none(path)
+        temporary = _temporary(path)
+        file = _create(temporary, None if old is None else stat.S_IMODE(old.st_mode))
+    try:
+        # What the block raises is not of this file's making and passes as it is.
+        yield _Sink(file, str(shown))
+        with _mapped(str(shown)):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(temporary, path)
+            _sync_directory(path.parent)
+    except BaseException:
+        with suppress(OSError):  # closing writes what is buffered, and fails as the write before
+            file.close()
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _regular_or_none(path: Path) -> os.stat_result | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return found
+
+
+def _create(temporary: Path, mode: int | None) -> BinaryIO:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(temporary, flags, 0o666)
+    except FileExistsError:  # of a killed process that had our id, as in a container
+        os.unlink(temporary)
+        descriptor = os.open(temporary, flags, 0o666)
+    if mode is not None:
+        os.fchmod(descriptor, mode)
+    return os.fdopen(descriptor, "wb")
+
+
+def _temporary_prefix(path: Path) -> str:
+    # A file name may have 255 bytes; the prefix leaves room for the number and the suffix.
+    return "." + os.fsdecode(os.fsencode(path.name)[:220]) + "."
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{_temporary_prefix(path)}{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+def _is_other_process(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        # Some network file systems cannot sync a directory; their renames need no help.
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        import shutil
+
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def _mapped(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "disk full" if full else exc.strerror or str(exc)
+        raise LocalIOError(f"{name}: cannot be written: {why}") from exc
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as exc:
+        why = getattr(exc, "strerror", None) or str(exc).splitlines()[0]
+        raise LocalIOError(f"{path}: cannot be read: {why}") from exc
