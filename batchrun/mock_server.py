@@ -1,0 +1,1447 @@
+"""The stand-in endpoint: an OpenAI-compatible server for dry runs, users' CI and our own tests.
+
+Answers are a pure function of the request and plainly marked ``[synthetic]``. ``Knobs`` makes the
+server slow, limited or hostile; which request meets which fault depends on nothing but the seed,
+the body and how often that body came before, so a run can be repeated. ``respond`` lets a test
+script any single reply, down to its bytes.
+
+The **ledger** is the other side's word on what a client claims. For every request it says what was
+billed and whether the whole answer was *delivered*: the kernel took every byte and the client did
+not vanish. A write that succeeded proves neither, so a delivery stays open to doubt until the same
+connection carries another request or ends: a reset takes it back. Therefore, once client and
+server are quiet, the usage a client recorded must equal ``ledger.delivered``, and each further
+answer in ``ledger.billed`` must be an attempt the client counts as in doubt.
+
+Replies are written to the transport as bytes made here, not as ``web.Response``: a hostile reply
+(a wrong Content-Length, a cut chunk, a reset) cannot be said in aiohttp's terms, one path for all
+replies is simpler than two, and it is the cheapest one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import math
+import signal
+import socket
+import ssl
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from email.utils import formatdate
+from functools import cache
+from http import HTTPStatus
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Literal, Self
+
+import msgspec
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import StreamReader
+from msgspec import Struct
+from msgspec.structs import replace
+
+from batchrun.config import JSONValue
+from batchrun.errors import LocalIOError, UsageError
+from batchrun.types import Usage
+
+Dialect = Literal["openai", "mistral"]
+LimitHeaders = Literal["none", "mistral", "openai"]
+RetryAfterForm = Literal["none", "seconds", "date", "ms"]
+StreamUsage = Literal["auto", "final_choice", "extra_chunk", "every_chunk", "x_groq", "none"]
+Framing = Literal["length", "chunked", "until_close"]
+Ending = Literal["keep", "close", "reset", "hang"]
+
+MARK = "[synthetic]"
+DEFAULT_MODELS = ("mock-small", "mock-large")
+
+# Fixed, so that equal requests get equal bytes in every run.
+_CREATED = 1_700_000_000
+_ECHO_CHARS = 160
+_CHAT_PATHS = frozenset({"/v1/chat/completions", "/chat/completions"})
+_MODELS_PATHS = frozenset({"/v1/models", "/models"})
+
+
+class Knobs(Struct, frozen=True, kw_only=True):
+    """How the server behaves; the defaults answer at once, always and without limits.
+
+    ``faults`` maps a kind of ``FAULTS`` to its share of requests (together at most 1). ``script``
+    names what the 1st, 2nd … sending of every body meets ("ok" for an answer), before ``faults``.
+    """
+
+    latency_s: float = 0.0
+    latency_jitter_s: float = 0.0  # up to this much more, fixed per body
+    seed: int = 0
+    faults: Mapping[str, float] = {}
+    script: tuple[str, ...] = ()
+    retry_after_s: float = 1.0  # what injected faults with a Retry-After name
+    drip_s: float = 10.0  # between the bytes of the fault "drip"
+    redirect_to: str = "http://127.0.0.1:9/v1/chat/completions"
+
+    rpm: float | None = None  # per model, as are tokens
+    tpm: float | None = None
+    burst_s: float = 60.0  # seconds of quota the bucket holds
+    limit_headers: LimitHeaders = "none"
+    retry_after: RetryAfterForm = "seconds"  # how a refusal by the quota names its wait
+    slots: int | None = None  # requests worked on at a time
+    queue: int | None = None  # requests waiting for a slot; more are refused. None: any number
+
+    dialect: Dialect = "openai"  # of error bodies
+    models: tuple[str, ...] = ()  # those there are; () accepts any name
+    key: str | None = None  # the Bearer token demanded
+    completion_tokens: int | None = None  # length of every answer; None: a short one
+
+    stream_usage: StreamUsage = "auto"  # include_usage: an extra chunk, else on the last choice
+    stream_comments: bool = False
+    stream_split_bytes: int | None = None  # cut the stream anywhere, also inside a character
+    stream_pause_s: float = 0.0  # between the writes of a stream
+    keep_alive_s: float = 75.0
+
+    def __post_init__(self) -> None:
+        named = {*self.faults, *self.script} - {"ok"}
+        if unknown := sorted(named - FAULTS.keys()):
+            raise UsageError(
+                f"no fault {unknown[0]!r}; there are: {', '.join(FAULTS)}",
+            )
+        if any(not 0 <= rate <= 1 for rate in self.faults.values()) or (
+            sum(self.faults.values()) > 1 + 1e-9
+        ):
+            raise UsageError("fault rates are shares between 0 and 1, together at most 1")
+
+
+class MockRequest(Struct, frozen=True):
+    """One request as the server read it."""
+
+    n: int  # 1 for the first request of this server
+    seen: int  # which sending of this body, from 1
+    method: str
+    path: str  # with the query
+    headers: Mapping[str, str]  # case-insensitive
+    body: bytes
+    digest: bytes  # 8 bytes of BLAKE2b over the body
+    chat: Chat | None  # None when the body is not a chat-completion request
+    problem: str = ""  # why not
+
+    @property
+    def prompt(self) -> str:
+        """The last message's text."""
+        return _text(self.chat.messages[-1]) if self.chat and self.chat.messages else ""
+
+
+class MockReply(Struct, frozen=True, kw_only=True):
+    """One reply, honest or not. ``parts`` are written one by one instead of ``body``.
+
+    ``billed`` is what the endpoint would charge; ``whole`` says that the reply carries a whole
+    answer, so that delivering it entirely is a delivery in the ledger's sense.
+    """
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = {}
+    parts: Iterable[bytes] | None = None
+    pause_s: float = 0.0
+    framing: Framing = "length"  # parts of unknown size: "chunked"
+    claims_bytes: int | None = None  # what Content-Length says, if not the truth
+    ends_chunked: bool = True  # write the last, empty chunk
+    raw: bytes | None = None  # everything, status line included
+    delay_s: float = 0.0
+    ending: Ending = "keep"
+    billed: Usage | None = None
+    whole: bool = False
+    fault: str = ""
+
+
+Respond = Callable[[MockRequest], MockReply | None]
+
+
+class _Part(Struct):
+    type: str = ""
+    text: str = ""
+
+
+class _Message(Struct):
+    role: str = "user"
+    content: str | list[_Part] | None = None
+
+
+class _StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class Chat(Struct):
+    """What the server needs of a request; other members are accepted and ignored."""
+
+    messages: list[_Message]
+    model: str = ""
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
+class Entry(Struct):
+    """One request in the ledger. ``delivered`` may still be taken back while the connection lives.
+
+    Instants are monotonic seconds. ``headers`` and ``body`` hold secrets and prompts: they stay in
+    memory and never reach the ledger file.
+    """
+
+    n: int
+    seen: int
+    path: str
+    model: str
+    digest: str
+    streamed: bool
+    started_s: float
+    prompt: str = ""
+    headers: Mapping[str, str] = {}
+    body: bytes = b""
+    status: int | None = None  # None: no status line was sent
+    fault: str = ""
+    billed: Usage | None = None
+    delivered: bool = False
+    ended_s: float | None = None
+
+
+class Ledger:
+    """What the server received, billed and delivered.
+
+    Only the server's thread writes. Another thread may read any number at any time; for a
+    consistent whole it asks ``MockServerThread.ledger``, which lets pending events settle first.
+    """
+
+    def __init__(self, *, keep: bool = False, file: BinaryIO | None = None) -> None:
+        self.requests = 0
+        self.in_flight = 0
+        self.peak_in_flight = 0
+        self.statuses: Counter[int | None] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.billed = Usage()
+        self.billed_answers = 0
+        self.delivered = Usage()
+        self.delivered_answers = 0
+        self._keep = keep
+        self._entries: list[Entry] = []
+        self._file = file
+
+    @property
+    def entries(self) -> list[Entry]:
+        """A copy, in order of arrival; empty unless the server was told to keep them."""
+        return list(self._entries)
+
+    def begin(self, entry: Entry) -> None:
+        self.requests += 1
+        self.in_flight += 1
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        if self._keep:
+            self._entries.append(entry)
+
+    def bill(self, entry: Entry, usage: Usage) -> None:
+        entry.billed = usage
+        self.billed += usage
+        self.billed_answers += 1
+
+    def end(self, entry: Entry, *, delivered: bool) -> None:
+        entry.ended_s = time.monotonic()
+        self.in_flight -= 1
+        self.statuses[entry.status] += 1
+        if entry.fault:
+            self.faults[entry.fault] += 1
+        if delivered:
+            entry.delivered = True
+            self._recount(entry, +1)
+
+    def take_back(self, entry: Entry) -> None:
+        """The client was gone before it read the answer."""
+        if entry.delivered:
+            entry.delivered = False
+            self._recount(entry, -1)
+
+    def settle(self, entry: Entry) -> None:
+        """Nothing about this request can change any more."""
+        if self._file is not None:
+            self._file.write(_ledger_line(entry))
+
+    def _recount(self, entry: Entry, sign: int) -> None:
+        self.delivered_answers += sign
+        if entry.billed is not None:
+            self.delivered += entry.billed if sign > 0 else _negative(entry.billed)
+
+
+def _negative(usage: Usage) -> Usage:
+    counts = msgspec.structs.asdict(usage)
+    return Usage(**{name: None if n is None else -n for name, n in counts.items()})
+
+
+def _ledger_line(entry: Entry) -> bytes:
+    record = msgspec.structs.asdict(entry)
+    for private in ("prompt", "headers", "body"):
+        del record[private]
+    return msgspec.json.encode(record) + b"\n"
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+def token_count(text: str) -> int:
+    """What this server bills for ``text``: a token for every four characters begun."""
+    return (len(text) + 3) // 4
+
+
+def completion(
+    request: MockRequest,
+    *,
+    content: JSONValue = None,
+    finish_reason: str | None = None,
+    usage: Usage | None = None,
+    knobs: Knobs | None = None,
+) -> MockReply:
+    """The whole, honest answer to ``request``, streamed when it asks for that.
+
+    For ``respond`` hooks: with ``content``, ``finish_reason`` or ``usage`` in place of our own.
+    """
+    knobs = knobs or Knobs()
+    chat = request.chat or Chat(messages=[])
+    answer = _answer(request, chat, knobs)
+    if content is not None:
+        answer.texts = [content] * len(answer.texts)
+    if finish_reason is not None:
+        answer.finish_reason = finish_reason
+    if usage is not None:
+        answer.usage = usage
+    if not chat.stream:
+        body = msgspec.json.encode(_completion_json(answer))
+        return MockReply(body=body, headers=_JSON, billed=answer.usage, whole=True)
+    return _streamed(answer, chat, knobs)
+
+
+class _Answer(Struct):
+    id: str
+    model: str
+    texts: list[JSONValue]
+    finish_reason: str
+    usage: Usage
+
+
+def _answer(request: MockRequest, chat: Chat, knobs: Knobs) -> _Answer:
+    limit = chat.max_completion_tokens or chat.max_tokens
+    echo = request.prompt[:_ECHO_CHARS]
+    texts, cut = [], False
+    for index in range(max(1, chat.n or 1)):
+        text = f"{MARK} {echo}" if index == 0 else f"{MARK} ({index + 1}) {echo}"
+        if knobs.completion_tokens is not None:
+            text = _of_length(text, knobs.completion_tokens)
+        # Never cut into the mark: an answer of ours must show what it is.
+        if limit is not None and token_count(text) > limit:
+            text, cut = text[: max(4 * limit, len(MARK))], True
+        texts.append(text)
+    prompt_tokens = sum(3 + token_count(_text(m)) for m in chat.messages)
+    completion_tokens = sum(map(token_count, texts))
+    return _Answer(
+        id=f"chatcmpl-mock-{request.digest.hex()}",
+        model=chat.model,
+        texts=list(texts),
+        finish_reason="length" if cut else "stop",
+        usage=Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens),
+    )
+
+
+def _text(message: _Message) -> str:
+    content = message.content
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+def _of_length(text: str, tokens: int) -> str:
+    size = max(4 * tokens, len(MARK))
+    filler = " and so on" * ((size - len(text)) // 10 + 1) if size > len(text) else ""
+    return (text + filler)[:size]
+
+
+def _usage_json(usage: Usage) -> dict[str, JSONValue]:
+    shown: dict[str, JSONValue] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+    }
+    if usage.cached_tokens is not None:
+        shown["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    if usage.reasoning_tokens is not None:
+        shown["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return shown
+
+
+def _completion_json(answer: _Answer) -> dict[str, JSONValue]:
+    return {
+        "id": answer.id,
+        "object": "chat.completion",
+        "created": _CREATED,
+        "model": answer.model,
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": answer.finish_reason,
+            }
+            for index, text in enumerate(answer.texts)
+        ],
+        "usage": _usage_json(answer.usage),
+    }
+
+
+def _streamed(answer: _Answer, chat: Chat, knobs: Knobs) -> MockReply:
+    events = list(_events(answer, chat, knobs))
+    reply = MockReply(headers=_SSE, framing="chunked", billed=answer.usage, whole=True)
+    if knobs.stream_split_bytes:
+        text, step = b"".join(events), knobs.stream_split_bytes
+        events = [text[at : at + step] for at in range(0, len(text), step)]
+    elif not knobs.stream_pause_s:
+        events = [b"".join(events)]
+    return replace(reply, parts=events, pause_s=knobs.stream_pause_s)
+
+
+def _events(answer: _Answer, chat: Chat, knobs: Knobs) -> Iterator[bytes]:
+    usage = _usage_json(answer.usage)
+    place = knobs.stream_usage
+    if place == "auto":
+        wanted = chat.stream_options is not None and chat.stream_options.include_usage
+        place = "extra_chunk" if wanted else "final_choice"
+    running = usage if place == "every_chunk" else None
+
+    def chunk(choices: list[JSONValue], spent: JSONValue) -> dict[str, JSONValue]:
+        return {
+            "id": answer.id,
+            "object": "chat.completion.chunk",
+            "created": _CREATED,
+            "model": answer.model,
+            "choices": choices,
+            "usage": spent,
+        }
+
+    def choice(index: int, delta: JSONValue, finish: str | None = None) -> list[JSONValue]:
+        return [{"index": index, "delta": delta, "finish_reason": finish}]
+
+    last = len(answer.texts) - 1
+    for index, text in enumerate(answer.texts):
+        yield _event(chunk(choice(index, {"role": "assistant", "content": ""}), running))
+        if knobs.stream_comments:
+            yield b": keep-alive\n\n"
+        for piece in _pieces(text):
+            yield _event(chunk(choice(index, {"content": piece}), running))
+        on_choice = place in ("final_choice", "every_chunk") and index == last
+        final = chunk(
+            choice(index, {"content": ""}, answer.finish_reason), usage if on_choice else None
+        )
+        if place == "x_groq" and index == last:
+            final["x_groq"] = {"id": answer.id, "usage": usage}
+        yield _event(final)
+    if place == "extra_chunk":
+        yield _event(chunk([], usage))
+    yield b"data: [DONE]\n\n"
+
+
+def _pieces(content: JSONValue) -> Iterator[JSONValue]:
+    if not isinstance(content, str):
+        yield content
+        return
+    size = max(8, len(content) // 16)
+    for at in range(0, len(content), size):
+        yield content[at : at + size]
+
+
+def _event(value: JSONValue) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+# --- errors and faults -----------------------------------------------------------------------
+
+_JSON = {"Content-Type": "application/json"}
+_HTML = {"Content-Type": "text/html; charset=utf-8"}
+_SSE = {"Content-Type": "text/event-stream"}
+
+
+def error_reply(
+    status: int,
+    message: str,
+    *,
+    type: str = "invalid_request_error",
+    code: str | int | None = None,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    dialect: Dialect = "openai",
+) -> MockReply:
+    """An endpoint's refusal, in the shape of the dialect; nothing is billed for it."""
+    told: dict[str, JSONValue] = {"message": message, "type": type, "param": param, "code": code}
+    body = {"object": "error", **told} if dialect == "mistral" else {"error": told}
+    return MockReply(
+        status=status, body=msgspec.json.encode(body), headers={**_JSON, **(headers or {})}
+    )
+
+
+def fault_reply(kind: str, request: MockRequest, knobs: Knobs | None = None) -> MockReply:
+    """What the fault ``kind`` makes of the answer to ``request``; for ``respond`` hooks."""
+    knobs = knobs or Knobs()
+    return replace(FAULTS[kind](request, completion(request, knobs=knobs), knobs), fault=kind)
+
+
+_Fault = Callable[[MockRequest, MockReply, Knobs], MockReply]
+
+
+def _rate_limited(headers: Mapping[str, str], dialect: Dialect, hint: str = "") -> MockReply:
+    if dialect == "mistral":
+        told = "Rate limit exceeded" + hint
+        return error_reply(
+            429, told, type="rate_limited", code="1300", headers=headers, dialect=dialect
+        )
+    told = "Rate limit reached for requests" + hint
+    return error_reply(429, told, type="requests", code="rate_limit_exceeded", headers=headers)
+
+
+def _retry_after(form: RetryAfterForm, wait_s: float) -> dict[str, str]:
+    """A wait in one of its written forms, rounded up: sooner would be refused again."""
+    if form == "seconds":
+        return {"Retry-After": str(math.ceil(wait_s))}
+    if form == "date":
+        return {"Retry-After": formatdate(math.ceil(time.time() + wait_s), usegmt=True)}
+    if form == "ms":
+        return {"retry-after-ms": str(math.ceil(wait_s * 1000))}
+    return {}
+
+
+def _refusal(form: RetryAfterForm) -> _Fault:
+    def refuse(_r: MockRequest, _a: MockReply, knobs: Knobs) -> MockReply:
+        return _rate_limited(_retry_after(form, knobs.retry_after_s), knobs.dialect)
+
+    return refuse
+
+
+def _hinted_refusal(_r: MockRequest, _a: MockReply, knobs: Knobs) -> MockReply:
+    hint = f". Please try again in {knobs.retry_after_s:g}s."
+    return _rate_limited({}, knobs.dialect, hint)
+
+
+def _error(
+    status: int, message: str, type: str, code: str | None = None, param: str | None = None
+) -> _Fault:
+    def refuse(_r: MockRequest, _a: MockReply, knobs: Knobs) -> MockReply:
+        return error_reply(
+            status, message, type=type, code=code, param=param, dialect=knobs.dialect
+        )
+
+    return refuse
+
+
+# A gateway that gave up waiting says nothing about the generation behind it: it is billed.
+_BILLED_STATUSES = frozenset({408, 499, 504, 524})
+
+
+def _server_error(status: int, *, html: bool = False, named_wait: bool = False) -> _Fault:
+    def fail(_r: MockRequest, answer: MockReply, knobs: Knobs) -> MockReply:
+        headers = _retry_after("seconds", knobs.retry_after_s) if named_wait else {}
+        reply = error_reply(
+            status, _reason(status), type="server_error", headers=headers, dialect=knobs.dialect
+        )
+        if html:
+            reply = replace(reply, body=_html_page(status), headers={**_HTML, **headers})
+        return replace(reply, billed=answer.billed if status in _BILLED_STATUSES else None)
+
+    return fail
+
+
+def _html_page(status: int) -> bytes:
+    title = f"{status}: {_reason(status)}"
+    return (
+        f"<!DOCTYPE html>\n<html><head><title>mock.invalid | {title}</title></head>\n"
+        f"<body><h1>{title}</h1><p>cloudflare</p></body></html>\n"
+    ).encode()
+
+
+def _echoed_key(request: MockRequest, _a: MockReply, knobs: Knobs) -> MockReply:
+    given = request.headers.get("Authorization", "none").removeprefix("Bearer ")
+    return error_reply(
+        401,
+        f"Incorrect API key provided: {given}.",
+        code="invalid_api_key",
+        dialect=knobs.dialect,
+    )
+
+
+def _extra_forbidden(_r: MockRequest, _a: MockReply, _k: Knobs) -> MockReply:
+    problem = {"type": "extra_forbidden", "loc": ["body", "store"], "msg": "Extra inputs ..."}
+    return MockReply(status=422, headers=_JSON, body=msgspec.json.encode({"detail": [problem]}))
+
+
+def _redirected(_r: MockRequest, _a: MockReply, knobs: Knobs) -> MockReply:
+    return MockReply(status=307, headers={**_HTML, "Location": knobs.redirect_to})
+
+
+def _content(answer: MockReply) -> bytes:
+    return answer.body if answer.parts is None else b"".join(answer.parts)
+
+
+def _dropped(ending: Ending) -> _Fault:
+    """The connection ends without a byte of an answer that was made and billed."""
+    return lambda _r, answer, _k: MockReply(raw=b"", ending=ending, billed=answer.billed)
+
+
+def _delivered_then(ending: Ending) -> _Fault:
+    """A whole answer on a connection that ends unannounced: the next user finds it stale."""
+    return lambda _r, answer, _k: replace(answer, ending=ending)
+
+
+def _cut_length(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+    content = _content(answer)
+    return replace(
+        answer,
+        parts=None,
+        body=content[: len(content) // 2],
+        framing="length",
+        claims_bytes=len(content),
+        ending="close",
+        whole=False,
+    )
+
+
+def _cut_chunk(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+    content = _content(answer)
+    return replace(
+        answer,
+        parts=[content[: len(content) // 2]],
+        framing="chunked",
+        ends_chunked=False,
+        ending="close",
+        whole=False,
+    )
+
+
+def _cut_silently(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+    content = _content(answer)
+    return replace(
+        answer, parts=None, body=content[: len(content) // 2], framing="until_close", whole=False
+    )
+
+
+def _truncated(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+    content = _content(answer)
+    return replace(
+        answer, parts=None, body=content[: len(content) // 2], framing="length", whole=False
+    )
+
+
+def _instead(body: bytes, headers: Mapping[str, str] = _JSON) -> _Fault:
+    """Something else at 200, of an answer that was made and billed."""
+    return lambda _r, answer, _k: MockReply(body=body, headers=headers, billed=answer.billed)
+
+
+def _error_at_200(_r: MockRequest, _a: MockReply, _k: Knobs) -> MockReply:
+    told = {"error": {"code": 502, "message": "Provider returned error", "metadata": {}}}
+    return MockReply(headers=_JSON, body=msgspec.json.encode(told))
+
+
+def _blank_lines_first(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+    if answer.parts is not None:
+        return answer
+    return replace(answer, parts=[b"\n"] * 8 + [answer.body], framing="chunked")
+
+
+def _dripped(_r: MockRequest, answer: MockReply, knobs: Knobs) -> MockReply:
+    content = _content(answer)
+    parts = [content[at : at + 1] for at in range(len(content))]
+    return replace(answer, parts=parts, framing="chunked", pause_s=knobs.drip_s)
+
+
+def _endless(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+    parts = itertools.chain([b'{"id":"'], itertools.repeat(b" " * 65_536))
+    return replace(answer, parts=parts, framing="chunked", whole=False)
+
+
+@cache
+def _bomb() -> bytes:
+    """300 MB of JSON that never closes, in 292 KB of gzip."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    block = b" " * 2**20
+    return b"".join(
+        [packer.compress(b'{"id":"'), *(packer.compress(block) for _ in range(300)), packer.flush()]
+    )
+
+
+def _gzip_bomb(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+    headers = {**_JSON, "Content-Encoding": "gzip"}
+    return MockReply(body=_bomb(), headers=headers, billed=answer.billed)
+
+
+def _huge_header(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+    return replace(answer, headers={**answer.headers, "X-Padding": "a" * 1_000_000}, whole=False)
+
+
+def _invalid_utf8(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+    # A stream cuts the mark into pieces; its beginning is in the first.
+    broken = _content(answer).replace(b"[synth", b"\xff\xfe\x80", 1)
+    return replace(answer, parts=None, framing="length", body=broken, whole=False)
+
+
+def _raw(head: bytes) -> _Fault:
+    return lambda _r, answer, _k: MockReply(raw=head, ending="close", billed=answer.billed)
+
+
+def _stream_fault(change: Callable[[list[bytes]], list[bytes]], *, billed: bool = True) -> _Fault:
+    """A fault of the events themselves; a request that does not stream gets its answer."""
+
+    def spoil(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
+        if answer.parts is None:
+            return answer
+        events = [e + b"\n\n" for e in _content(answer).split(b"\n\n") if e]
+        spent = answer.billed if billed else None
+        return replace(answer, parts=change(events), billed=spent, whole=False)
+
+    return spoil
+
+
+def _without_finish(events: list[bytes]) -> list[bytes]:
+    return [e for e in events if b'"finish_reason":"' not in e]
+
+
+_MID_STREAM_ERROR = _event(
+    {"error": {"message": "engine died", "type": "InternalServerError", "param": None, "code": 500}}
+)
+
+FAULTS: Mapping[str, _Fault] = {
+    "400": _error(400, "Invalid value for 'temperature'", "invalid_request_error", "invalid_value"),
+    "401": _echoed_key,
+    "402": _error(402, "Insufficient Balance", "unknown_error", "invalid_request_error"),
+    "403": _error(403, "You are not allowed to use this model", "permission_error"),
+    "404": _error(404, "The model does not exist", "invalid_request_error", "model_not_found"),
+    "408": _server_error(408),
+    "409": _error(409, "Conflict", "conflict"),
+    "413": _error(413, "Request too large", "request_too_large"),
+    "422": _extra_forbidden,
+    "context_length": _error(
+        400,
+        "This model's maximum context length is 8192 tokens, your messages have 9000.",
+        "invalid_request_error",
+        "context_length_exceeded",
+        "messages",
+    ),
+    "content_filter": _error(
+        400, "The response was filtered", "invalid_request_error", "content_filter", "prompt"
+    ),
+    "429": _refusal("none"),
+    "429-retry-after": _refusal("seconds"),
+    "429-date": _refusal("date"),
+    "429-ms": _refusal("ms"),
+    "429-hint": _hinted_refusal,
+    "429-quota": _error(
+        429, "You exceeded your current quota", "insufficient_quota", "insufficient_quota"
+    ),
+    "429-capacity": _error(
+        429, "Service tier capacity exceeded", "service_tier_capacity_exceeded", "3505"
+    ),
+    **{str(s): _server_error(s) for s in (500, 502, 503, 504, 520, 524, 529)},
+    **{f"{s}-html": _server_error(s, html=True) for s in (500, 502, 503, 504, 520, 524, 529)},
+    "503-retry-after": _server_error(503, named_wait=True),
+    "redirect": _redirected,
+    "disconnect": _dropped("close"),
+    "reset": _dropped("reset"),
+    "close-after": _delivered_then("close"),
+    "reset-after": _delivered_then("reset"),
+    "cut": _cut_length,
+    "cut-chunk": _cut_chunk,
+    "cut-silent": _cut_silently,
+    "truncated_json": _truncated,
+    "garbage": _instead(b"upstream said: ok", {"Content-Type": "text/plain"}),
+    "html": _instead(b"<html><body>Sign in to the network</body></html>", _HTML),
+    "empty": _instead(b""),
+    "no_choices": _instead(b'{"id":"x","object":"chat.completion","choices":[]}'),
+    "error-200": _error_at_200,
+    "blank_lines": _blank_lines_first,
+    "drip": _dripped,
+    "endless": _endless,
+    "gzip_bomb": _gzip_bomb,
+    "huge_header": _huge_header,
+    "bad_head": _raw(b"HTP/9 what\r\n\r\n"),
+    "invalid_utf8": _invalid_utf8,
+    "deep_json": _instead(b"[" * 100_000),
+    "hang": _dropped("hang"),
+    "stream-error": _stream_fault(lambda e: [*e[:2], _MID_STREAM_ERROR, e[-1]]),
+    "stream-cut": _stream_fault(lambda e: [b"".join(e)[: len(b"".join(e)) // 2]]),
+    "stream-no-finish": _stream_fault(_without_finish),
+    "stream-eof": _stream_fault(lambda e: _without_finish(e)[:-1]),
+}
+
+
+# --- quota -----------------------------------------------------------------------------------
+
+
+class _Bucket:
+    """A token bucket: ``per_minute`` refilled evenly, at most ``burst_s`` seconds of it held."""
+
+    def __init__(self, per_minute: float, burst_s: float, now: float) -> None:
+        self.per_minute = per_minute
+        self._per_second = per_minute / 60
+        self.capacity = max(1.0, self._per_second * burst_s)
+        self._level = self.capacity
+        self._at = now
+
+    def level(self, now: float) -> float:
+        self._level = min(self.capacity, self._level + (now - self._at) * self._per_second)
+        self._at = now
+        return self._level
+
+    def wait_s(self, cost: float, now: float) -> float:
+        return max(0.0, (cost - self.level(now)) / self._per_second)
+
+    def take(self, cost: float, now: float) -> None:
+        self._level = self.level(now) - cost
+
+    def reset_s(self, now: float) -> float:
+        return (self.capacity - self.level(now)) / self._per_second
+
+
+class _Quota:
+    """Requests and tokens of one model; a refused request takes neither."""
+
+    def __init__(self, knobs: Knobs, now: float) -> None:
+        self._knobs = knobs
+        self._requests = _Bucket(knobs.rpm, knobs.burst_s, now) if knobs.rpm else None
+        self._tokens = _Bucket(knobs.tpm, knobs.burst_s, now) if knobs.tpm else None
+
+    def fits(self, tokens: int) -> bool:
+        return self._tokens is None or tokens <= self._tokens.capacity
+
+    def take(self, tokens: int, now: float) -> float:
+        """0.0 when taken, else the seconds until it could be."""
+        wait_s = max(
+            self._requests.wait_s(1, now) if self._requests else 0.0,
+            self._tokens.wait_s(tokens, now) if self._tokens else 0.0,
+        )
+        # A rounding error in the refill is not a reason to refuse.
+        if wait_s > 1e-9:
+            return wait_s
+        if self._requests:
+            self._requests.take(1, now)
+        if self._tokens:
+            self._tokens.take(tokens, now)
+        return 0.0
+
+    def headers(self, tokens: int, now: float) -> dict[str, str]:
+        if self._knobs.limit_headers == "openai":
+            return self._openai_headers(now)
+        if self._knobs.limit_headers == "mistral":
+            return self._mistral_headers(tokens, now)
+        return {}
+
+    def _openai_headers(self, now: float) -> dict[str, str]:
+        told = {}
+        for name, bucket in (("requests", self._requests), ("tokens", self._tokens)):
+            if bucket is not None:
+                told[f"x-ratelimit-limit-{name}"] = f"{bucket.per_minute:.0f}"
+                told[f"x-ratelimit-remaining-{name}"] = _whole(bucket.level(now))
+                told[f"x-ratelimit-reset-{name}"] = go_duration(bucket.reset_s(now))
+        return told
+
+    def _mistral_headers(self, tokens: int, now: float) -> dict[str, str]:
+        told = {}
+        for name, bucket in (("req", self._requests), ("tokens", self._tokens)):
+            if bucket is not None:
+                told[f"x-ratelimit-limit-{name}-minute"] = f"{bucket.per_minute:.0f}"
+                told[f"x-ratelimit-remaining-{name}-minute"] = _whole(bucket.level(now))
+        if self._tokens is not None:
+            told["x-ratelimit-tokens-query-cost"] = str(tokens)
+        return told
+
+
+def _whole(level: float) -> str:
+    return str(max(0, math.floor(level + 1e-9)))
+
+
+def go_duration(seconds: float) -> str:
+    """``seconds`` as OpenAI's reset headers write it: ``20ms``, ``1.5s``, ``6m0s``, ``1h2m3s``."""
+    ms = math.ceil(seconds * 1000 - 1e-6)
+    if ms < 1000:
+        return f"{ms}ms"
+    whole_minutes, rest_ms = divmod(ms, 60_000)
+    hours, minutes = divmod(whole_minutes, 60)
+    text = f"{rest_ms / 1000:g}s"
+    if whole_minutes:
+        text = f"{minutes}m{text}"
+    return f"{hours}h{text}" if hours else text
+
+
+# --- the wire --------------------------------------------------------------------------------
+
+
+@cache
+def _reason(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+def _head(reply: MockReply, request_id: str, keep_alive: bool) -> bytes:
+    lines = [f"HTTP/1.1 {reply.status} {_reason(reply.status)}\r\n"]
+    lines += [f"{name}: {value}\r\n" for name, value in reply.headers.items()]
+    if reply.framing == "length":
+        size = len(reply.body) if reply.claims_bytes is None else reply.claims_bytes
+        lines.append(f"Content-Length: {size}\r\n")
+    elif reply.framing == "chunked":
+        lines.append("Transfer-Encoding: chunked\r\n")
+    if not keep_alive or reply.framing == "until_close":
+        lines.append("Connection: close\r\n")
+    lines.append(f"x-request-id: {request_id}\r\n\r\n")
+    return "".join(lines).encode("latin-1")
+
+
+def _body_writes(reply: MockReply) -> Iterator[bytes]:
+    """The body as it goes out, a write at a time; framing that ends it rides on the last one."""
+    if reply.parts is None:
+        parts: Iterable[bytes] = (reply.body,)
+    else:
+        parts = (part for part in reply.parts if part)
+    if reply.framing != "chunked":
+        yield from parts
+        return
+    held = b""
+    for part in parts:
+        if held:
+            yield held
+        held = b"%x\r\n%b\r\n" % (len(part), part)
+    yield held + (b"0\r\n\r\n" if reply.ends_chunked else b"")
+
+
+class _Wire:
+    """The client's connection during one exchange."""
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        self._request = request
+
+    @property
+    def is_up(self) -> bool:
+        transport = self._request.transport
+        return transport is not None and not transport.is_closing() and not _has_error(transport)
+
+    async def write(self, data: bytes) -> None:
+        """Give the kernel every byte. ``ConnectionError`` when the client is gone."""
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client vanished")
+        transport.write(data)
+        if transport.get_write_buffer_size():
+            await self._request.writer.drain()
+
+    async def send(self, reply: MockReply, request_id: str) -> None:
+        if reply.raw is not None:
+            if reply.raw:
+                await self.write(reply.raw)
+            return
+        pending = _head(reply, request_id, self._request.keep_alive)
+        for data in _body_writes(reply):
+            await self.write(pending + data)
+            pending = b""
+            if reply.pause_s:
+                await asyncio.sleep(reply.pause_s)
+
+    def end(self, ending: Ending) -> None:
+        transport = self._request.transport
+        if transport is None:
+            return
+        if ending == "reset":
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            transport.abort()
+        elif ending == "close":
+            transport.close()
+
+
+def _has_error(transport: asyncio.Transport) -> bool:
+    # A client that closed before our bytes came answers them with a reset. On loopback it is here
+    # by the time write() returns, before the event loop has seen anything.
+    sock = transport.get_extra_info("socket")
+    return bool(sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+
+class _AlreadyWritten(web.StreamResponse):
+    """Tells aiohttp that the reply is on the wire, and whether the connection goes on."""
+
+    def __init__(self, *, keep_alive: bool) -> None:
+        super().__init__()
+        self._goes_on = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._goes_on
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        return None
+
+    async def write_eof(self, data: bytes | bytearray | memoryview = b"") -> None:
+        return None
+
+
+_KEEP = _AlreadyWritten(keep_alive=True)
+_CLOSE = _AlreadyWritten(keep_alive=False)
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class _Connections(web.Server):
+    """aiohttp's low-level server, which also sees when a connection has proved its last answer."""
+
+    def __init__(self, handler: _Handler, ledger: Ledger, keep_alive_s: float) -> None:
+        super().__init__(
+            handler,
+            request_factory=self._request,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=keep_alive_s,
+            max_line_size=65_536,
+            max_field_size=65_536,
+        )
+        self._ledger = ledger
+        self._last: dict[web.RequestHandler, Entry] = {}
+
+    def _request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: web.RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        # 0: a prompt may be of any size.
+        return web.BaseRequest(
+            message, payload, protocol, writer, task, self._loop, client_max_size=0
+        )
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        # drain() must mean that the kernel has it all.
+        transport.set_write_buffer_limits(high=0)
+
+    def request_read(self, connection: web.RequestHandler) -> None:
+        """A client asks again on a connection only after it has read the answer before."""
+        if (entry := self._last.pop(connection, None)) is not None:
+            self._ledger.settle(entry)
+
+    def answered(self, connection: web.RequestHandler, entry: Entry) -> None:
+        if connection.transport is None:
+            self._ledger.settle(entry)
+        else:
+            self._last[connection] = entry
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        if (entry := self._last.pop(handler, None)) is not None:
+            if exc is not None or (handler.transport is not None and _has_error(handler.transport)):
+                self._ledger.take_back(entry)
+            self._ledger.settle(entry)
+        super().connection_lost(handler, exc)
+
+    async def abort(self) -> None:
+        for connection in self.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self.shutdown(1.0)
+
+
+# --- the server ------------------------------------------------------------------------------
+
+
+class MockServer:
+    """The server, inside the running loop: ``async with MockServer(knobs) as server``.
+
+    ``url`` is the bare ``http://127.0.0.1:PORT``; the API is there with and without ``/v1``.
+    ``respond`` sees every request first and may return any reply; None leaves it to the knobs.
+    """
+
+    def __init__(
+        self,
+        knobs: Knobs | None = None,
+        *,
+        respond: Respond | None = None,
+        keep_entries: bool = False,
+        ledger_file: BinaryIO | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.knobs = knobs or Knobs()
+        self.ledger = Ledger(keep=keep_entries, file=ledger_file)
+        self.url = ""
+        self._respond = respond
+        self._host, self._port, self._tls = host, port, tls
+        self._clock = clock
+        # Counting costs memory per body, so only where something depends on it.
+        self._counts_sendings = bool(
+            respond or keep_entries or ledger_file or self.knobs.faults or self.knobs.script
+        )
+        self._keeps_entries = keep_entries
+        self._sendings: Counter[bytes] = Counter()
+        self._quotas: dict[str, _Quota] = {}
+        self._slots = asyncio.Semaphore(self.knobs.slots) if self.knobs.slots else None
+        self._queued = 0
+
+    async def __aenter__(self) -> Self:
+        self._connections = _Connections(self._handle, self.ledger, self.knobs.keep_alive_s)
+        loop = asyncio.get_running_loop()
+        try:
+            self._listener = await loop.create_server(
+                self._connections, self._host, self._port, ssl=self._tls, backlog=4096
+            )
+        except OSError as exc:
+            where = f"{self._host}:{self._port}"
+            raise LocalIOError(f"cannot listen on {where}: {exc.strerror or exc}") from exc
+        port = self._listener.sockets[0].getsockname()[1]
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self.url = f"{'https' if self._tls else 'http'}://{host}:{port}"
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._listener.close()
+        await self._connections.abort()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = request.protocol
+        self._connections.request_read(connection)
+        wire = _Wire(request)
+        if "Expect" in request.headers:
+            await wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        asked = self._asked(request, await request.read())
+        entry = self._enter(asked)
+        delivered = goes_on = False
+        try:
+            if self._slots is None:
+                reply = self._reply(asked)
+                delivered = await self._answer(wire, asked, entry, reply)
+            elif self._slots.locked() and self._queued >= _or_any(self.knobs.queue):
+                reply = self._overloaded()
+                delivered = await self._answer(wire, asked, entry, reply)
+            else:
+                async with self._place():
+                    reply = self._reply(asked)
+                    delivered = await self._answer(wire, asked, entry, reply)
+            goes_on = request.keep_alive and _goes_on(reply)
+        finally:
+            self.ledger.end(entry, delivered=delivered)
+            self._connections.answered(connection, entry)
+        return _KEEP if goes_on else _CLOSE
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """A slot, after waiting in the queue for it."""
+        assert self._slots is not None
+        self._queued += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._queued -= 1
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    def _asked(self, request: web.BaseRequest, body: bytes) -> MockRequest:
+        digest = hashlib.blake2b(body, digest_size=8).digest()
+        seen = 1
+        if self._counts_sendings:
+            seen = self._sendings[digest] = self._sendings[digest] + 1
+        chat, problem = None, ""
+        if request.method == "POST":
+            chat, problem = _parse(body)
+        return MockRequest(
+            n=self.ledger.requests + 1,
+            seen=seen,
+            method=request.method,
+            path=request.path_qs,
+            headers=request.headers,
+            body=body,
+            digest=digest,
+            chat=chat,
+            problem=problem,
+        )
+
+    def _enter(self, asked: MockRequest) -> Entry:
+        chat = asked.chat
+        entry = Entry(
+            n=asked.n,
+            seen=asked.seen,
+            path=asked.path,
+            model=chat.model if chat else "",
+            digest=asked.digest.hex(),
+            streamed=bool(chat and chat.stream),
+            started_s=time.monotonic(),
+        )
+        if self._keeps_entries:
+            entry.prompt, entry.headers, entry.body = asked.prompt, asked.headers, asked.body
+        self.ledger.begin(entry)
+        return entry
+
+    async def _answer(
+        self, wire: _Wire, asked: MockRequest, entry: Entry, reply: MockReply
+    ) -> bool:
+        """Bill, wait and write; True when the client took a whole answer."""
+        entry.fault = reply.fault
+        # Billed before it is sent, like the real thing: a client that leaves pays all the same.
+        if reply.billed is not None:
+            self.ledger.bill(entry, reply.billed)
+        if reply.delay_s:
+            await asyncio.sleep(reply.delay_s)
+        entry.status = None if reply.raw is not None else reply.status
+        try:
+            await wire.send(reply, f"mock-{asked.n}")
+        except ConnectionError:
+            return False
+        # Checked before an ending of our own making.
+        delivered = reply.whole and wire.is_up
+        if reply.ending == "hang":
+            await asyncio.Event().wait()
+        wire.end(reply.ending)
+        return delivered
+
+    def _reply(self, asked: MockRequest) -> MockReply:
+        if self._respond is not None and (scripted := self._respond(asked)) is not None:
+            return scripted
+        path = asked.path.partition("?")[0]
+        dialect = self.knobs.dialect
+        if self.knobs.key is not None and not self._has_key(asked):
+            return _echoed_key(asked, MockReply(), self.knobs)
+        if path in _MODELS_PATHS and asked.method == "GET":
+            return MockReply(body=self._model_list(), headers=_JSON)
+        if path not in _CHAT_PATHS | _MODELS_PATHS:
+            return error_reply(404, f"no such path: {path}", code="not_found", dialect=dialect)
+        if path in _MODELS_PATHS or asked.method != "POST":
+            return error_reply(405, f"{asked.method} is not allowed here", dialect=dialect)
+        if asked.chat is None:
+            return error_reply(400, asked.problem, code="invalid_request", dialect=dialect)
+        if self.knobs.models and asked.chat.model not in self.knobs.models:
+            return self._no_such_model(asked.chat.model)
+        return self._metered(asked, asked.chat)
+
+    def _has_key(self, asked: MockRequest) -> bool:
+        return asked.headers.get("Authorization") == f"Bearer {self.knobs.key}"
+
+    def _model_list(self) -> bytes:
+        names = self.knobs.models or DEFAULT_MODELS
+        data = [
+            {"id": n, "object": "model", "created": _CREATED, "owned_by": "batchrun"} for n in names
+        ]
+        return msgspec.json.encode({"object": "list", "data": data})
+
+    def _no_such_model(self, model: str) -> MockReply:
+        if self.knobs.dialect == "mistral":
+            return error_reply(
+                400, f"Invalid model: {model}", type="invalid_model", code="1500", dialect="mistral"
+            )
+        return error_reply(
+            404, f"The model {model!r} does not exist", code="model_not_found", param="model"
+        )
+
+    def _overloaded(self) -> MockReply:
+        if self.knobs.dialect == "mistral":
+            return fault_reply("429-capacity", _NOTHING_ASKED, self.knobs)
+        return error_reply(
+            503,
+            "The server is overloaded",
+            type="service_unavailable_error",
+            code="server_is_overloaded",
+        )
+
+    def _metered(self, asked: MockRequest, chat: Chat) -> MockReply:
+        answer = completion(asked, knobs=self.knobs)
+        knobs = self.knobs
+        if not (knobs.rpm or knobs.tpm):
+            return self._faulty(asked, answer)
+        now = self._clock()
+        quota = self._quotas.get(chat.model)
+        if quota is None:
+            quota = self._quotas[chat.model] = _Quota(knobs, now)
+        tokens = (answer.billed.total_tokens or 0) if answer.billed else 0
+        wait_s = quota.take(tokens, now) if quota.fits(tokens) else None
+        if wait_s == 0.0:
+            reply = self._faulty(asked, answer)
+        elif wait_s is None:
+            reply = _too_large_for_quota(knobs, tokens)
+        else:
+            reply = _rate_limited(_retry_after(knobs.retry_after, wait_s), knobs.dialect)
+        told = quota.headers(tokens, now)
+        return replace(reply, headers={**reply.headers, **told}) if told else reply
+
+    def _faulty(self, asked: MockRequest, answer: MockReply) -> MockReply:
+        knobs = self.knobs
+        kind = _fault_of(asked, knobs)
+        reply = replace(FAULTS[kind](asked, answer, knobs), fault=kind) if kind else answer
+        if knobs.latency_s or knobs.latency_jitter_s:
+            more_s = knobs.latency_jitter_s * _chance(asked, knobs, b"latency")
+            reply = replace(reply, delay_s=knobs.latency_s + more_s)
+        return reply
+
+
+_NOTHING_ASKED = MockRequest(0, 1, "POST", "", {}, b"", b"", None)
+
+
+def _or_any(queue: int | None) -> float:
+    return math.inf if queue is None else queue
+
+
+def _goes_on(reply: MockReply) -> bool:
+    return reply.ending == "keep" and reply.framing != "until_close" and reply.raw is None
+
+
+def _parse(body: bytes) -> tuple[Chat | None, str]:
+    try:
+        chat = _decode_chat(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        return None, f"not a chat completion request: {exc}"
+    return (chat, "") if chat.messages else (None, "messages: at least one is needed")
+
+
+_decode_chat = msgspec.json.Decoder(Chat).decode
+
+
+def _fault_of(asked: MockRequest, knobs: Knobs) -> str:
+    if asked.seen <= len(knobs.script):
+        kind = knobs.script[asked.seen - 1]
+        return "" if kind == "ok" else kind
+    if not knobs.faults:
+        return ""
+    chance = _chance(asked, knobs, b"fault")
+    for kind, rate in knobs.faults.items():
+        chance -= rate
+        if chance < 0:
+            return kind
+    return ""
+
+
+def _chance(asked: MockRequest, knobs: Knobs, what: bytes) -> float:
+    """A number in [0, 1) that depends on the seed, the body and its how-manieth sending."""
+    told = b"%d %d %b %b" % (knobs.seed, asked.seen, what, asked.digest)
+    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest()) / 2**64
+
+
+def _too_large_for_quota(knobs: Knobs, tokens: int) -> MockReply:
+    return error_reply(
+        429,
+        f"Request too large on tokens per min (TPM): Limit {knobs.tpm:.0f}, Requested {tokens}.",
+        type="tokens",
+        code="rate_limit_exceeded",
+        dialect=knobs.dialect,
+    )
+
+
+async def serve(
+    host: str,
+    port: int,
+    knobs: Knobs,
+    ledger_file: Path | None = None,
+    *,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Run until cancelled or terminated.
+
+    The ledger file gets one JSON line per request once nothing about it can change any more,
+    without prompts and headers.
+    """
+    stop = asyncio.Event()
+    # Whoever ends a server in a script sends SIGTERM, and wants the ledger whole.
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    with contextlib.ExitStack() as stack:
+        file: BinaryIO | None = None
+        if ledger_file is not None:
+            try:
+                file = stack.enter_context(ledger_file.open("ab"))
+            except OSError as exc:
+                raise LocalIOError(f"{ledger_file}: {exc.strerror or exc}") from exc
+        async with MockServer(knobs, ledger_file=file, host=host, port=port) as server:
+            on_ready(server.url)
+            await stop.wait()
+
+
+class MockServerThread:
+    """A MockServer with an event loop and a thread of its own, for tests and synchronous code.
+
+    with MockServerThread(Knobs(faults={"429": 0.05})) as server:
+        subprocess.run(["batchrun", "submit", ..., "--base-url", server.url])
+    assert server.ledger.delivered_answers == 100
+    """
+
+    def __init__(
+        self,
+        knobs: Knobs | None = None,
+        *,
+        respond: Respond | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._server = MockServer(knobs, respond=respond, keep_entries=True, tls=tls)
+        self._started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        self._thread = threading.Thread(target=self._run, name="mock-server", daemon=True)
+        self._thread.start()
+        self._loop, self._stop = self._started.result()
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    @property
+    def knobs(self) -> Knobs:
+        return self._server.knobs
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger, after the server has seen every event that reached this machine before."""
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(_let_events_pass(), self._loop).result()
+        return self._server.ledger
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as exc:
+            if self._started.done():
+                raise
+            self._started.set_exception(exc)
+
+    async def _serve(self) -> None:
+        stop = asyncio.Event()
+        async with self._server:
+            self._started.set_result((asyncio.get_running_loop(), stop))
+            await stop.wait()
+
+
+async def _let_events_pass() -> None:
+    # A closed socket is seen in one turn of the loop, its connection_lost comes in the next and the
+    # handler it cancels in the one after.
+    for _ in range(8):
+        await asyncio.sleep(0)
