@@ -28,6 +28,8 @@ VERSION = "0.1.0"
 STDIN = "-"
 STDOUT = "-"
 API_PATH = "/chat/completions"
+STATE_SUFFIX = ".batchrun"
+MAX_CONCURRENCY = 512
 
 
 @dataclass(frozen=True, slots=True)

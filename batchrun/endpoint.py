@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]  # not in its stubs
 
 import aiohttp
 import msgspec
@@ -99,7 +99,7 @@ class ChatEndpoint:
     async def send(self, request: Request) -> Attempt:
         """Make one request and read its whole answer, or say what went wrong.
 
-        The reply is parsed by its Content-Type, whatever was asked for. Only cancellation is raised.
+        A reply is parsed by its Content-Type, whatever was asked for. Only cancellation raises.
         """
         body = request.body
         started_s = time.monotonic()
@@ -116,7 +116,7 @@ class ChatEndpoint:
         except (aiohttp.ClientError, OSError) as exc:
             return self._failed(exc, started_s, response)
         finally:
-            # Does nothing once the body was read to its end; else the connection must not be reused.
+            # Does nothing after a whole body; any other connection must not be used again.
             response.close()
 
     async def models(self) -> list[str]:
@@ -292,7 +292,7 @@ async def _follow(
 
 
 async def _finish(response: aiohttp.ClientResponse) -> None:
-    # After [DONE] the terminating chunk usually follows at once; reading it lets the connection live.
+    # After [DONE] the last chunk usually follows at once; with it read the connection lives on.
     try:
         async with asyncio.timeout(1.0):
             while await response.content.readany():
@@ -346,7 +346,7 @@ def _headers(key: Secret | None, extra: Sequence[tuple[str, Secret]]) -> Mapping
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy that http_proxy, https_proxy, all_proxy and no_proxy name for ``url``, as for curl."""
+    """The proxy that the environment names for ``url``, by curl's variables."""
     parts = urlsplit(url)
     proxies = getproxies_environment()
     if proxy_bypass_environment(parts.netloc, proxies):
@@ -358,7 +358,7 @@ def proxy_for(url: str) -> str | None:
 
 
 def _keepalive_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    # Middleboxes forget silent connections after 60-350 s; without probes the client waits for ever.
+    # Middleboxes forget silent connections after 60-350 s; without probes we would wait for ever.
     family, kind, proto, _, _ = address
     sock = socket.socket(family=family, type=kind, proto=proto)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,16 +1,16 @@
 """N workers over one source of ready requests; those that failed once come before new ones.
 
-A request is in one of five places, and only the first grows with anything but its bound:
+A request is in one of these places, and each is bounded:
 
-    feed ──► worker ──► settled            the input, read ahead by one thread, bounded in rows and bytes
+    feed ──► worker ──► settled      read ahead by one thread, so many rows and bytes
                │ ▲
        parked ─┘ │     waits out its own back-off: a timer, no task and no worker
        ready  ───┤     its wait is over: goes before new ones
        lines  ───┘     waits for its model's quota or gate, first come first served
 
-A worker asleep would be a stalled slot (5 % failures with a second's back-off halve the throughput at
-50 ms latency), so no worker ever sleeps while it holds a request. The pool knows no status code, no
-file and no clock but the loop's: it acts on Decisions, and everything it tells goes to its Desk.
+A worker asleep would be a stalled slot (5 % failures with a second's back-off halve the throughput
+at 50 ms latency), so no worker ever sleeps while it holds a request. The pool knows no status code
+and no file: it acts on Decisions, and everything it has to tell goes to its Desk.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from batchrun.errors import BatchrunError
-from batchrun.types import Attempt, Decision, Request
+from batchrun.types import Attempt, Decision, Request, Tries, Verdict
 
 # A feed this deep hides a file read of a few hundred milliseconds at 10,000 requests/s.
 FEED_ROWS = 4096
@@ -51,8 +51,8 @@ class Desk(Protocol):
     def sending(self, request: Request) -> None:
         """A first byte is about to leave. Returns when that is written."""
 
-    def failed(self, request: Request, decision: Decision) -> None:
-        """An attempt ended and its row is not settled: it is tried again, or stays pending."""
+    def failed(self, request: Request, decision: Decision, *, again: bool) -> None:
+        """An attempt ended and its row is not settled: it is tried ``again``, or stays pending."""
 
     def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
         """The row has its outcome."""
@@ -64,39 +64,25 @@ class Desk(Protocol):
         """A worker has nothing to send: what was reported so far should be written."""
 
 
-class Tries(NamedTuple):
-    """How a settled row got there."""
-
-    attempts: int
-    in_doubt: int  # of these, not counting earlier runs
-
-
 Send: TypeAlias = Callable[[Request], Awaitable[Attempt]]
 Judge: TypeAlias = Callable[[Attempt, Request], Decision]
 
 
-class Verdict(NamedTuple):
-    """What a failure leads to: another attempt after ``wait_s``, or the end of the row."""
-
-    wait_s: float | None
-    code: str = ""  # why it ends, when not for the decision's own reason
-    tries: Tries = Tries(1, 0)
-
-
-FIRST = Tries(1, 0)
-FIRST_IN_DOUBT = Tries(1, 1)
+FIRST = Tries(attempts=1, in_doubt=0)
 
 
 class Persistence(Protocol):
-    """Remembers the failures of unsettled rows and says how each goes on (``run`` over ``retry``)."""
+    """Remembers the failures of unsettled rows (``retry.Persistence``)."""
 
-    def after(self, request: Request, decision: Decision) -> Verdict: ...
+    def after(self, request: Request, decision: Decision) -> Verdict:
+        """How a row goes on after a failed attempt; forgets it when it ends."""
+
     def settle(self, request: Request) -> Tries | None:
-        """Forget the row; its failed attempts so far, None when there were none."""
+        """All attempts of a row that now has its answer; None when this was the first."""
 
 
 class Feed:
-    """Requests from a reading thread to the loop: one ``put`` a batch, bounded in rows and bytes."""
+    """Requests from a reading thread to the loop, bounded in rows and bytes."""
 
     def __init__(self, *, max_rows: int = FEED_ROWS, max_bytes: int = FEED_BYTES) -> None:
         self._max_rows = max_rows
@@ -166,7 +152,7 @@ class Feed:
 
 
 class Pool:
-    """Runs the feed dry, or until ``stop``. One use; every method is called on the loop's thread."""
+    """Runs the feed dry, or until ``stop``. One use; called on the loop's thread only."""
 
     def __init__(
         self,
@@ -217,7 +203,7 @@ class Pool:
     def stop(self, cause: BatchrunError, drain_s: float | None = None) -> None:
         """Start nothing new, wake the sleepers, wait for what is in flight up to the drain time.
 
-        The cause that matters most wins: an I/O error before a refusal before a signal before the rest.
+        Of several causes the one whose exit code matters most is kept.
         """
         if self.cause is None or _rank(cause) < _rank(self.cause):
             self.cause = cause
@@ -237,6 +223,10 @@ class Pool:
     @property
     def stopping(self) -> bool:
         return self.cause is not None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._busy)
 
     @property
     def waiting(self) -> int:
@@ -303,10 +293,8 @@ class Pool:
         window = self._admission.window
         self._admission.done(request, attempt, decision, attempt.ended_s)
         if decision.kind == "ok":
-            tries = self._persistence.settle(request)
-            if tries is not None:
-                tries = Tries(tries.attempts + 1, tries.in_doubt)
-            self._desk.settled(request, attempt, decision, tries or FIRST)
+            tries = self._persistence.settle(request) or FIRST
+            self._desk.settled(request, attempt, decision, tries)
         else:
             self._go_on(request, attempt, decision)
         if self._admission.window > window or self._lines:
@@ -314,18 +302,14 @@ class Pool:
 
     def _go_on(self, request: Request, attempt: Attempt, decision: Decision) -> None:
         if decision.kind == "fatal" or self.cause is not None:
-            self._desk.failed(request, decision)
+            self._desk.failed(request, decision, again=False)
             return
         verdict = self._persistence.after(request, decision)
         if verdict.wait_s is None:
-            self._persistence.settle(request)
-            self._desk.settled(
-                request, attempt, _renamed(decision, verdict.code), verdict.tries
-            )
+            ended = _renamed(decision, verdict.code)
+            self._desk.settled(request, attempt, ended, verdict.tries)
             return
-        self._desk.failed(request, decision)
-        if self.cause is not None:
-            return
+        self._desk.failed(request, decision, again=True)
         self._parked[request.row] = self._loop.call_later(verdict.wait_s, self._unpark, request)
 
     def _unpark(self, request: Request) -> None:

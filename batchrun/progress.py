@@ -7,13 +7,15 @@ the bar is kept only in its latest form, and when the writer falls far behind th
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
 from msgspec import Struct
 
@@ -64,6 +66,7 @@ class Progress:
     ) -> None:
         stream = sys.stderr if stream is None else stream
         self.is_tty = stream.isatty() if is_tty is None else is_tty
+        self._width = min(WIDTH, shutil.get_terminal_size().columns) if self.is_tty else WIDTH
         self._quiet = quiet
         self._verbose = verbose
         self._clock = clock
@@ -76,19 +79,24 @@ class Progress:
     def print_block(self, block: str, lines: Iterable[str] = ()) -> None:
         """Print ``block`` on a terminal; elsewhere, and in the log file, ``lines`` with a time."""
         stamped = [self._stamped(line) for line in lines]
-        self._writer.put(block.splitlines() if self.is_tty else stamped, stamped)
+        self._writer.ask(_Lines(block.splitlines() if self.is_tty else stamped, stamped))
 
     def note(self, text: str, *, label: str = "note") -> None:
         """Print one line under a label without breaking the bar."""
         stamped = self._stamped(f"{label} {text}")
-        self._writer.put([f"{label:<{LABEL_WIDTH}}{text}"] if self.is_tty else [stamped], [stamped])
+        shown = f"{label:<{LABEL_WIDTH}}{text}" if self.is_tty else stamped
+        self._writer.ask(_Lines([shown], [stamped]))
 
     def detail(self, text: str) -> None:
         """Like ``note``, but on the terminal only with ``-v``; the log file has it always."""
         if self._verbose:
             self.note(text, label="detail")
         else:
-            self._writer.put([], [self._stamped(f"detail {text}")])
+            self.log(f"detail {text}")
+
+    def log(self, text: str) -> None:
+        """Write a line to the log file only."""
+        self._writer.ask(_Lines([], [self._stamped(text)]))
 
     def begin(self, total: int, done: int = 0) -> None:
         """Start the clock of the bar: ``done`` of ``total`` rows need no work."""
@@ -97,7 +105,7 @@ class Progress:
         self._speed = Speed()
         self._speed.sample(self._started_s, done, 0)
         if self.is_tty and not self._quiet and total:
-            self._writer.open_bar(total, done)
+            self._writer.ask(_OpenBar(total, done))
 
     def update(self, snapshot: Snapshot) -> None:
         """Show where the run stands; cheap enough for five times a second."""
@@ -105,14 +113,19 @@ class Progress:
         self._speed.sample(now_s, snapshot.done, snapshot.tokens)
         if self.is_tty:
             elapsed_s = now_s - self._started_s
-            self._writer.move_bar(snapshot.done, bar_tail(snapshot, self._speed, elapsed_s))
+            tail = bar_tail(snapshot, self._speed, elapsed_s, self._width)
+            self._writer.move_bar(snapshot.done, tail)
         if now_s >= self._next_line_s:
             self._next_line_s = now_s + MINUTE_S
             line = self._stamped(minute_line(snapshot, self._speed))
-            self._writer.put([] if self.is_tty else [line], [line])
+            self._writer.ask(_Lines([] if self.is_tty else [line], [line]))
 
     def end(self) -> None:
-        """Finish the bar and wait, but not for ever, until everything is written."""
+        """Leave the bar as it stands and go on below it; harmless without a bar."""
+        self._writer.ask(_CloseBar())
+
+    def close(self) -> None:
+        """Wait, but not for ever, until everything is written; nothing can be said afterwards."""
         self._writer.close()
 
     def _stamped(self, text: str) -> str:
@@ -154,10 +167,10 @@ class Speed:
         return rows / rate if rate > 0 else None
 
 
-def bar_tail(snapshot: Snapshot, speed: Speed, elapsed_s: float) -> str:
+def bar_tail(snapshot: Snapshot, speed: Speed, elapsed_s: float, width: int = WIDTH) -> str:
     """What stands right of the bar: as many facts as fit, the most important kept longest."""
     count = f"{snapshot.done:,}/{snapshot.total:,}"
-    room = WIDTH - len(" 63% |######    | ") - 1
+    room = width - len(" 63% |######    | ")
     if (waiting := _waiting(snapshot)) is not None:
         return _fitted(f"{count} {waiting}", room)
     remaining_s = speed.remaining_s(snapshot.total - snapshot.done)
@@ -169,7 +182,7 @@ def bar_tail(snapshot: Snapshot, speed: Speed, elapsed_s: float) -> str:
         (4, f"{snapshot.in_flight} busy"),
         (1, f"{snapshot.failed:,} failed"),
     ]
-    while len(" ".join(text for _, text in parts)) > room:
+    while len(parts) > 1 and len(" ".join(text for _, text in parts)) > room:
         parts.remove(max(parts))
     return " ".join(text for _, text in parts)
 
@@ -227,31 +240,41 @@ def _compact(seconds: float) -> str:
     return f"{minute}m{second:02}s" if minute else f"{second}s"
 
 
+class _Lines(NamedTuple):
+    shown: list[str]
+    logged: list[str]
+
+
+class _OpenBar(NamedTuple):
+    total: int
+    done: int
+
+
+class _CloseBar(NamedTuple):
+    pass
+
+
 class _Writer:
-    """One thread that owns the terminal and the log file."""
+    """One thread that owns the terminal and the log file; it does what is asked in order."""
 
     def __init__(self, stream: TextIO | None, log_file: TextIO | None) -> None:
         self._stream = stream
         self._log_file = log_file
-        self._lines: deque[tuple[list[str], list[str]]] = deque(maxlen=MAX_LINES_BEHIND)
-        self._bar_to_open: tuple[int, int] | None = None
-        self._bar_position: tuple[int, str] | None = None
         self._bar: tqdm[NoReturn] | None = None
-        self._closing = False
+        # Shared with the caller, under the condition's lock.
         self._wake = threading.Condition()
+        self._asked: deque[_Lines | _OpenBar | _CloseBar] = deque(maxlen=MAX_LINES_BEHIND)
+        self._bar_position: tuple[int, str] | None = None
+        self._closing = False
         self._thread: threading.Thread | None = None
 
-    def put(self, shown: list[str], logged: list[str]) -> None:
+    def ask(self, what: _Lines | _OpenBar | _CloseBar) -> None:
         with self._wake:
-            self._lines.append((shown, logged))
-            self._start()
-
-    def open_bar(self, total: int, done: int) -> None:
-        with self._wake:
-            self._bar_to_open = (total, done)
+            self._asked.append(what)
             self._start()
 
     def move_bar(self, done: int, tail: str) -> None:
+        """Only the latest position is drawn: a slow terminal sees fewer, never stale ones."""
         with self._wake:
             self._bar_position = (done, tail)
             self._start()
@@ -273,48 +296,71 @@ class _Writer:
         self._wake.notify()
 
     def _work(self) -> None:
-        while True:
+        closing = False
+        while not closing:
             with self._wake:
-                while not (self._lines or self._bar_position or self._bar_to_open or self._closing):
+                while not (self._asked or self._bar_position or self._closing):
                     self._wake.wait()
-                lines, self._lines = self._lines, deque(maxlen=MAX_LINES_BEHIND)
-                bar_to_open, self._bar_to_open = self._bar_to_open, None
-                bar_position, self._bar_position = self._bar_position, None
+                asked, self._asked = self._asked, deque(maxlen=MAX_LINES_BEHIND)
+                position, self._bar_position = self._bar_position, None
                 closing = self._closing
-            self._write_lines(lines)
-            self._draw(bar_to_open, bar_position)
-            if closing:
-                self._close_bar()
-                return
+            self._do(asked, position)
+        self._guarded(self._close_bar)
 
-    def _write_lines(self, lines: Iterable[tuple[list[str], list[str]]]) -> None:
-        for shown, logged in lines:
-            if shown and self._bar is not None:
-                self._bar.clear()
-            self._stream = _written(self._stream, shown)
-            self._log_file = _written(self._log_file, logged)
-            if shown and self._bar is not None:
-                self._bar.refresh()
+    def _do(
+        self,
+        asked: Iterable[_Lines | _OpenBar | _CloseBar],
+        position: tuple[int, str] | None,
+    ) -> None:
+        for what in asked:
+            if isinstance(what, _Lines):
+                self._write(what)
+            elif isinstance(what, _OpenBar):
+                self._guarded(partial(self._open_bar, what))
+            else:
+                self._guarded(partial(self._move_bar, position))
+                self._guarded(self._close_bar)
+        self._guarded(partial(self._move_bar, position))
 
-    def _draw(self, to_open: tuple[int, int] | None, position: tuple[int, str] | None) -> None:
+    def _guarded(self, draw: Callable[[], None]) -> None:
+        """Draw, or go on without a terminal once it is gone: that must not end a paid run."""
         if self._stream is None:
             return
         try:
-            if to_open is not None:
-                self._close_bar()
-                self._bar = _new_bar(self._stream, *to_open)
-            if position is not None and self._bar is not None:
-                self._bar.n, tail = position
-                self._bar.set_description_str(tail)
+            draw()
         except (OSError, ValueError):
             self._stream = self._bar = None
 
-    def _close_bar(self) -> None:
-        if self._bar is not None and self._stream is not None:
+    def _write(self, lines: _Lines) -> None:
+        if lines.shown:
+            self._guarded(partial(self._show, lines.shown))
+        if lines.logged and self._log_file is not None:
             try:
-                self._bar.close()
+                _write_lines(self._log_file, lines.logged)
             except (OSError, ValueError):
-                self._stream = None
+                self._log_file = None
+
+    def _show(self, lines: list[str]) -> None:
+        assert self._stream is not None
+        if self._bar is not None:
+            self._bar.clear()
+        _write_lines(self._stream, lines)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def _open_bar(self, bar: _OpenBar) -> None:
+        assert self._stream is not None
+        self._close_bar()
+        self._bar = _new_bar(self._stream, bar.total, bar.done)
+
+    def _move_bar(self, position: tuple[int, str] | None) -> None:
+        if position is not None and self._bar is not None:
+            self._bar.n, tail = position
+            self._bar.set_description_str(tail)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
         self._bar = None
 
 
@@ -330,6 +376,7 @@ def _new_bar(stream: TextIO, total: int, done: int) -> tqdm[NoReturn]:
         total=total,
         initial=done,
         file=stream,
+        desc=f"{done:,}/{total:,}",
         ascii=" #",
         bar_format="{percentage:3.0f}% |{bar:10}| {desc}",
         mininterval=0,
@@ -337,13 +384,6 @@ def _new_bar(stream: TextIO, total: int, done: int) -> tqdm[NoReturn]:
     )
 
 
-def _written(stream: TextIO | None, lines: list[str]) -> TextIO | None:
-    """The stream, or None once it is gone: a closed terminal must not end a paid run."""
-    if stream is None or not lines:
-        return stream
-    try:
-        stream.write("".join(f"{line}\n" for line in lines))
-        stream.flush()
-    except (OSError, ValueError):
-        return None
-    return stream
+def _write_lines(stream: TextIO, lines: list[str]) -> None:
+    stream.write("".join(f"{line}\n" for line in lines))
+    stream.flush()

@@ -8,7 +8,7 @@ dataclass); those of the hot path hold no reference cycles, so the collector nee
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from msgspec import Struct, field
 
@@ -18,6 +18,7 @@ DecisionKind = Literal[
 ]
 Shape = Literal["batch", "messages", "prompt", "body"]
 Scope = Literal["row", "model", "run"]
+Bound = Literal["endpoint", "quota", "input", "loop"]
 Pushback = Literal["none", "rate", "capacity"]
 Failure = Literal[
     "connect",  # refused, unreachable, or not connected within the connect timeout
@@ -125,6 +126,21 @@ class Decision(Struct, frozen=True, gc=False):
     pushback: Pushback = "none"
     unreachable: bool = False  # nothing reached the endpoint: no row's fault
     alike: str = ""  # equal for failures of one cause; "" never ends a run early
+
+
+class Tries(NamedTuple):
+    """The attempts of this run behind a settled row."""
+
+    attempts: int
+    in_doubt: int
+
+
+class Verdict(NamedTuple):
+    """What a failed attempt leads to: another one after ``wait_s``, or None and the row's end."""
+
+    wait_s: float | None
+    tries: Tries
+    code: str = ""  # why the row ends, where that is not the decision's own code
 
 
 class Outcome(Struct, frozen=True, gc=False):
@@ -237,7 +253,7 @@ class ThisRun(Struct):
     rate_limited: int = 0
     in_doubt: int = 0
     tokens: TokenCounts = field(default_factory=TokenCounts)
-    bound_by: str | None = None  # endpoint, quota, input, loop
+    bound_by: Bound | None = None
 
 
 State = Literal["finished", "stopped", "refused", "error"]

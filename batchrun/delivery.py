@@ -1,0 +1,370 @@
+"""Send what is pending: the pool, the limits, the endpoint and the journal, working together.
+
+The order of writes is the promise: a SENT record is in the journal before a request's first byte
+leaves, an outcome is in the journal before it counts, and one write serves both (the outcome of a
+worker's last row and the SENT of its next). fdatasync runs once a second in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+from batchrun import retry
+from batchrun.accounting import RunTally
+from batchrun.config import RunConfig
+from batchrun.endpoint import ChatEndpoint
+from batchrun.errors import BatchrunError, EndpointRefused, StoppedEarly
+from batchrun.journal import Held, Journal
+from batchrun.limits import Limits, LimitSettings
+from batchrun.pool import Feed, Pool
+from batchrun.progress import Progress, Snapshot
+from batchrun.types import (
+    NO_USAGE,
+    Attempt,
+    Bound,
+    Decision,
+    Outcome,
+    OutcomeKind,
+    Reply,
+    Request,
+    Tries,
+    Usage,
+)
+
+TICK_S = 0.2
+SYNC_S = 1.0
+# An endpoint's error page is kept for the record; beyond this it is somebody's web site.
+MAX_ERROR_BODY = 2**20
+# The share of wall time this process may compute before it, not the endpoint, is the bottleneck.
+BUSY_SHARE = 0.9
+REQUEST_ID_HEADERS = ("x-request-id", "mistral-correlation-id", "request-id", "cf-ray")
+
+
+class Delivered(NamedTuple):
+    """What sending amounted to; ``cause`` is what ended it early, None when nothing did."""
+
+    cause: BatchrunError | None
+    tally: RunTally
+    bound_by: Bound
+    reopened: int  # rows that failed alike and are pending again
+    wrong_model: bool
+
+
+class Totals(NamedTuple):
+    """The rows of the whole output, for the bar: those settled before count as done."""
+
+    total: int
+    ok: int
+    failed: int
+
+
+class Watch(Protocol):
+    """Asked about once a second with what a second process may want to know."""
+
+    def __call__(self, snapshot: Snapshot, bound_by: Bound) -> None: ...
+
+
+async def deliver(
+    config: RunConfig,
+    endpoint: ChatEndpoint,
+    host: str,
+    requests: Iterator[list[Request]],
+    journal: Journal,
+    before: Totals,
+    talk: Progress,
+    *,
+    one_model: bool,
+    on_pool: Callable[[Pool], None],
+    watch: Watch,
+) -> Delivered:
+    """Send ``requests`` until they are settled or something ends the run.
+
+    ``on_pool`` is given the pool before anything is sent: whoever catches signals stops it.
+    """
+    limits = Limits(
+        LimitSettings(
+            concurrency=config.concurrency,
+            rpm=config.rpm,
+            tpm=config.tpm,
+            max_wait_s=config.max_wait_s,
+            max_outage_s=config.max_outage_s,
+        ),
+        host=host,
+    )
+    limits.on_change = talk.detail
+    desk = _Desk(config, journal, host)
+    feed = Feed()
+    pool = Pool(
+        feed=feed,
+        send=endpoint.send,
+        judge=retry.classify,
+        admission=limits,
+        persistence=retry.Persistence(
+            max_retries=config.max_retries, max_in_doubt_retries=config.max_in_doubt_retries
+        ),
+        desk=desk,
+        drain_s=config.drain_s,
+        one_model=one_model,
+    )
+    desk.stop = pool.stop
+    on_pool(pool)
+    loop = asyncio.get_running_loop()
+    if config.deadline_s is not None:
+        reached = StoppedEarly("the deadline was reached")
+        loop.call_later(config.deadline_s, pool.stop, reached)
+
+    meter = _Meter(limits, feed, pool, desk.tally, before)
+    with (
+        ThreadPoolExecutor(1, "batchrun-read") as reader,
+        ThreadPoolExecutor(1, "batchrun-sync") as syncer,
+    ):
+        reading = loop.run_in_executor(reader, _read_ahead, requests, feed, loop, pool)
+        helpers = [
+            asyncio.create_task(_tick(limits, pool, meter, talk)),
+            asyncio.create_task(_keep_durable(journal, pool, syncer, meter, watch)),
+        ]
+        try:
+            cause = await pool.run()
+        finally:
+            feed.close()
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
+            await reading
+    if cause is None or cause.exit_code != 74:
+        desk.idle()
+        await asyncio.to_thread(journal.sync)
+    talk.update(meter.snapshot())
+    return Delivered(cause, desk.tally, meter.bound_by(), desk.reopened, desk.wrong_model)
+
+
+def _read_ahead(
+    requests: Iterator[list[Request]], feed: Feed, loop: asyncio.AbstractEventLoop, pool: Pool
+) -> None:
+    """The reader's thread: fill the feed until the input ends or nobody wants more."""
+    error: BaseException | None = None
+    try:
+        for batch in requests:
+            if not feed.put(batch):
+                break
+            loop.call_soon_threadsafe(pool.staff)
+    except BaseException as exc:  # raised again by the pool, on the loop's thread
+        error = exc
+    feed.end(error)
+    loop.call_soon_threadsafe(pool.staff)
+
+
+async def _tick(limits: Limits, pool: Pool, meter: _Meter, talk: Progress) -> None:
+    while True:
+        await asyncio.sleep(TICK_S)
+        verdict = limits.stop(time.monotonic())
+        if verdict is not None and not pool.stopping:
+            pool.stop(verdict)
+        pool.staff()
+        talk.update(meter.sample())
+
+
+async def _keep_durable(
+    journal: Journal, pool: Pool, syncer: ThreadPoolExecutor, meter: _Meter, watch: Watch
+) -> None:
+    """One fdatasync a second at most: the answers a power loss may cost."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(SYNC_S)
+        try:
+            if (sync := journal.begin_sync()) is not None:
+                await loop.run_in_executor(syncer, sync)
+                journal.end_sync()
+        except BatchrunError as exc:
+            pool.stop(exc, drain_s=0.0)
+            return
+        await loop.run_in_executor(syncer, watch, meter.snapshot(), meter.bound_by())
+
+
+class _Desk:
+    """Journals what the pool reports, then counts it, and ends a run that fails from its start."""
+
+    def __init__(self, config: RunConfig, journal: Journal, host: str) -> None:
+        self.tally = RunTally()
+        self.reopened = 0
+        self.wrong_model = False
+        self.stop: Callable[[BatchrunError], None] = _no_pool_yet
+        self._journal = journal
+        self._host = host
+        self._unwritten: list[tuple[Outcome, Reply | None, int]] = []
+        self._abort_after = config.abort_after
+        self._ever_ok = journal.count(Held.OK) > 0
+        self._alike: dict[str, list[int]] = {}
+
+    def sending(self, request: Request) -> None:
+        self._journal.sending(request.hash, request.occurrence, request.slot)
+        self._write()
+
+    def failed(self, request: Request, decision: Decision, *, again: bool) -> None:
+        self._journal.failed(
+            request.hash, request.occurrence, request.slot, in_doubt=decision.in_doubt
+        )
+        self.tally.attempt_failed(decision, again=again)
+        if decision.kind == "fatal":
+            self.wrong_model = decision.code == "model_not_found"
+            advice = retry.NEXT_STEPS.get(decision.code)
+            self.stop(
+                EndpointRefused(
+                    f"{self._host} {decision.reason}", next_steps=(advice,) if advice else ()
+                )
+            )
+
+    def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
+        outcome = outcome_of(request, attempt, decision, tries)
+        self._journal.settled(request.slot, outcome)
+        self._unwritten.append((outcome, attempt.reply, request.row))
+        if decision.kind == "ok":
+            self._ever_ok = True
+            return
+        self.tally.attempt_failed(decision, again=False)
+        if not self._ever_ok and decision.alike and self._abort_after:
+            self._compare(request.slot, decision)
+
+    def abandoned(self, request: Request) -> None:
+        # The SENT record without an end says so in the journal.
+        self.tally.withdrawn()
+
+    def idle(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        self._journal.flush()
+        if self._unwritten:
+            for outcome, reply, row in self._unwritten:
+                self.tally.add(outcome, reply, row)
+            self._unwritten.clear()
+
+    def _compare(self, slot: int, decision: Decision) -> None:
+        slots = self._alike.setdefault(decision.alike, [])
+        slots.append(slot)
+        if len(slots) < self._abort_after or self.reopened:
+            return
+        for refused in slots:
+            self._journal.reopen(refused)
+        self.reopened = len(slots)
+        self.stop(
+            EndpointRefused(
+                f"the first {len(slots)} rows all failed the same way: {decision.reason}"
+            )
+        )
+
+
+def _no_pool_yet(cause: BatchrunError) -> None:
+    raise cause
+
+
+def outcome_of(request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> Outcome:
+    """What the journal keeps of a settled request."""
+    kind = decision.kind
+    assert kind != "fatal"
+    reply = attempt.reply
+    body = attempt.body
+    ok = kind == "ok"
+    if not ok and len(body) > MAX_ERROR_BODY:
+        body = b""
+    return Outcome(
+        hash=request.hash,
+        occurrence=request.occurrence,
+        kind=kind,
+        final=ok or kind == "rejected" or decision.code == retry.IN_DOUBT,
+        attempts=tries.attempts,
+        in_doubt=request.in_doubt + tries.in_doubt,
+        http_status=attempt.status,
+        code="" if ok else decision.code,
+        message="" if ok else decision.reason,
+        request_id=_request_id(attempt),
+        model=request.model,
+        latency_s=attempt.ended_s - attempt.started_s,
+        ttft_s=attempt.ttft_s,
+        finished_at_ms=attempt.finished_at_ms,
+        usage=_usage(reply),
+        body=body,
+    )
+
+
+def gave_up(request: Request, code: str, message: str, kind: OutcomeKind = "transient") -> Outcome:
+    """The outcome of a row that is not sent again, settled without an attempt of this run."""
+    return Outcome(
+        hash=request.hash,
+        occurrence=request.occurrence,
+        kind=kind,
+        final=True,
+        attempts=0,
+        in_doubt=request.in_doubt,
+        http_status=None,
+        code=code,
+        message=message,
+        request_id="",
+        model=request.model,
+        latency_s=None,
+        ttft_s=None,
+        finished_at_ms=int(time.time() * 1000),
+        usage=_usage(None),
+        body=b"",
+    )
+
+
+def _usage(reply: Reply | None) -> Usage:
+    return NO_USAGE if reply is None else reply.usage
+
+
+def _request_id(attempt: Attempt) -> str:
+    headers = attempt.headers
+    for name in REQUEST_ID_HEADERS:
+        if value := headers.get(name):
+            return value
+    return ""
+
+
+class _Meter:
+    """Measures the run for the bar, the status file and the question what bounds it."""
+
+    def __init__(
+        self, limits: Limits, feed: Feed, pool: Pool, tally: RunTally, before: Totals
+    ) -> None:
+        self._limits = limits
+        self._feed = feed
+        self._pool = pool
+        self._tally = tally
+        self._before = before
+        self._votes: Counter[Bound] = Counter()
+        self._wall_s = time.monotonic()
+        self._cpu_s = time.process_time()
+
+    def snapshot(self) -> Snapshot:
+        tally, before = self._tally, self._before
+        return Snapshot(
+            total=before.total,
+            done=before.ok + before.failed + tally.done,
+            ok=before.ok + tally.ok,
+            failed=before.failed + tally.failed,
+            in_flight=self._limits.in_flight,
+            tokens=tally.tokens_spent,
+            waiting=self._limits.waiting(time.monotonic()),
+        )
+
+    def sample(self) -> Snapshot:
+        """Take one vote on what bounds the run, and its picture."""
+        wall_s, cpu_s = time.monotonic(), time.process_time()
+        busy = (cpu_s - self._cpu_s) / max(wall_s - self._wall_s, 1e-9)
+        self._wall_s, self._cpu_s = wall_s, cpu_s
+        if self._feed.starved and not self._pool.waiting:
+            self._votes["input"] += 1
+        elif busy > BUSY_SHARE:
+            self._votes["loop"] += 1
+        else:
+            self._votes[self._limits.bound_by()] += 1
+        return self.snapshot()
+
+    def bound_by(self) -> Bound:
+        return self._votes.most_common(1)[0][0] if self._votes else "endpoint"

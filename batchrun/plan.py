@@ -1,0 +1,355 @@
+"""Which rows still need an answer: one pass over the whole input before anything is sent.
+
+The pass builds every row's request, hashes it and claims its place in the journal's index, so that
+the start lines tell the truth, the bar has a total, and the later passes (sending, publishing) find
+a row's answer without hashing again. Per row it keeps four bytes here and those of the index.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from batchrun import inputs, prompts
+from batchrun.config import RunConfig
+from batchrun.errors import StoppedEarly
+from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, Row
+from batchrun.journal import Held, Journal
+from batchrun.outputs import InvalidRow, Slice
+from batchrun.prompts import Body, Builder, Invalid, Layout, PromptSettings
+from batchrun.types import Outcome, Request
+
+# The slot of a row that cannot become a request.
+INVALID = 0xFFFFFFFF
+# A batch for the feed: large enough that handing over costs nothing, small enough to flow.
+BATCH_ROWS = 256
+BATCH_BYTES = 4 * 2**20
+MAX_NAMED_MODELS = 3
+
+CheckStop = Callable[[], None]
+
+
+@dataclass(slots=True)
+class Source:
+    """One input file and how its rows become requests."""
+
+    file: InputFile
+    layout: Layout
+    builder: Builder
+    rows: int = 0
+    invalid: int = 0
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the rows of the input are, before anything is sent."""
+
+    total: int = 0
+    held_ok: int = 0
+    held_failed: int = 0  # settled failures that stay
+    retried: int = 0  # failed before, sent again
+    new: int = 0
+    invalid: int = 0
+    repeats: int = 0
+    model_replaced: int = 0
+    models_replaced: set[str] = field(default_factory=set)
+    params_replaced: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def to_send(self) -> int:
+        return self.retried + self.new
+
+
+@dataclass(slots=True)
+class Plan:
+    sources: list[Source]
+    slots: array[int]
+    counts: Counts
+    carried: Carried
+    models: set[str] = field(default_factory=set)  # at most two: one or several is what matters
+
+
+def settings_of(config: RunConfig, *, stream_usage: bool, model: str | None) -> PromptSettings:
+    """What the user asked of every body. ``model`` fills in where a row names none."""
+    return PromptSettings(
+        model=model,
+        model_replaces=config.model_replaces,
+        system=config.system,
+        params=config.params,
+        params_replacing=config.params_replacing,
+        stream=config.stream,
+        stream_usage=stream_usage,
+        prompt_column=config.prompt_column,
+        body_columns=config.body_columns,
+    )
+
+
+def lay_out(
+    files: Sequence[InputFile], settings: PromptSettings, config: RunConfig
+) -> list[Source]:
+    """Decide each file's shape from its schema or its first good rows."""
+    sources = []
+    for file in files:
+        columns, rows = inputs.head(file)
+        layout = prompts.detect(columns, rows, settings, config.shape, file.name)
+        sources.append(Source(file, layout, Builder(layout, settings)))
+    return sources
+
+
+def shapes(sources: Sequence[Source]) -> tuple[str, str | None]:
+    """The shape and prompt column that bind a rerun; several shapes are joined in order."""
+    kinds = sorted({source.layout.shape for source in sources})
+    columns = sorted({s.layout.prompt_column for s in sources if s.layout.prompt_column})
+    return ",".join(kinds), ",".join(columns) or None
+
+
+def needed(source: Source) -> Collection[str] | None:
+    return source.layout.columns_needed
+
+
+def never_stop() -> None:
+    """The check of a pass that nobody interrupts."""
+
+
+def make_plan(
+    sources: list[Source], config: RunConfig, journal: Journal, check_stop: CheckStop
+) -> Plan:
+    """Read every row once and find out what the journal holds for it.
+
+    ``check_stop`` is called once a batch and raises to end the pass.
+    """
+    types = ColumnTypes(config.carry)
+    plan = Plan(sources, array("I"), Counts(), types.carried())
+    journal.begin_pass()
+    for source, batch in batches(sources, config.limit, check_stop):
+        types.observe(source.file, batch)
+        for row in batch.rows:
+            plan.slots.append(_claim(plan, source, row, journal, config))
+    plan.carried = types.carried()
+    check_unchanged(sources)
+    return plan
+
+
+def _claim(
+    plan: Plan, source: Source, row: Row | BadRow, journal: Journal, config: RunConfig
+) -> int:
+    counts = plan.counts
+    counts.total += 1
+    source.rows += 1
+    built = identified(source.builder, row)
+    if isinstance(built, Invalid):
+        counts.invalid += 1
+        source.invalid += 1
+        return INVALID
+    slot = journal.claim(built.hash)
+    held = journal.held(slot)
+    if held is Held.OK:
+        counts.held_ok += 1
+    elif held is Held.NEW:
+        counts.new += 1
+    elif held is Held.REJECTED and not config.retry_failed:
+        counts.held_failed += 1
+    else:
+        counts.retried += 1
+    if journal.occurrence(slot):
+        counts.repeats += 1
+    if config.model_replaces or config.params_replacing:
+        _count_replaced(counts, source.layout, row, config)
+    if len(plan.models) < 2:
+        plan.models.add(built.model)
+    return slot
+
+
+class Identified(NamedTuple):
+    """A row's request and its identity."""
+
+    body: Body
+    hash: bytes
+    model: str
+    model_from_row: bool
+
+
+def identified(builder: Builder, row: Row | BadRow) -> Identified | Invalid:
+    if isinstance(row, BadRow):
+        return Invalid(row.reason, None)
+    built = builder.build(row)
+    if isinstance(built, Invalid):
+        return built
+    try:
+        digest = prompts.request_hash(built.body)
+    except ValueError as exc:
+        return Invalid(str(exc), built.custom_id)
+    return Identified(built.body, digest, built.model, built.model_from_row)
+
+
+def _count_replaced(counts: Counts, layout: Layout, row: Row | BadRow, config: RunConfig) -> None:
+    """Count what the command line says otherwise than the row does."""
+    fields = row.get("body") if layout.shape == "batch" and isinstance(row, dict) else row
+    if not isinstance(fields, dict):
+        return
+    model = fields.get("model") if "model" in layout.sent or layout.shape == "batch" else None
+    if config.model_replaces and isinstance(model, str) and model != config.model:
+        counts.model_replaced += 1
+        if len(counts.models_replaced) < MAX_NAMED_MODELS:
+            counts.models_replaced.add(model)
+    if layout.shape == "prompt":
+        return
+    for name in config.params_replacing:
+        own = fields.get(name)
+        if own is not None and own != config.params[name]:
+            counts.params_replaced[name] += 1
+
+
+def is_to_send(held: Held, config: RunConfig) -> bool:
+    """Failures that pass are tried by every rerun, final ones only by --retry-failed."""
+    return held in (Held.NEW, Held.PASSING) or (held is Held.REJECTED and config.retry_failed)
+
+
+def requests(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[list[Request]]:
+    """The second pass: the requests of the rows still to be sent, in order, in batches.
+
+    A row that is not what the plan saw ends the run: the input changed while it was read.
+    """
+    batch: list[Request] = []
+    size_bytes = 0
+    for request in _pending(plan, journal, config):
+        batch.append(request)
+        size_bytes += len(request.body)
+        if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
+    check_unchanged(plan.sources)
+
+
+def _pending(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[Request]:
+    row_number = 0
+    slots = plan.slots
+    for source, batch in batches(plan.sources, config.limit):
+        first, row_number = row_number, row_number + len(batch.lines)
+        wanted = [
+            (index, slot)
+            for index, slot in enumerate(slots[first:row_number])
+            if slot != INVALID and is_to_send(journal.held(slot), config)
+        ]
+        for index, slot in wanted:
+            row = first + index
+            built = identified(source.builder, batch.rows[index])
+            if isinstance(built, Invalid) or built.hash != journal.hash(slot):
+                raise changed(source.file)
+            again = journal.held(slot) is Held.REJECTED
+            yield Request(
+                row=row,
+                body=prompts.encode(built.body),
+                hash=built.hash,
+                occurrence=journal.occurrence(slot),
+                slot=slot,
+                model=built.model,
+                model_from_row=built.model_from_row,
+                # --retry-failed is the user's word that the risk is taken anew.
+                in_doubt=0 if again else journal.in_doubt(slot),
+            )
+
+
+def slices(
+    plan: Plan,
+    journal: Journal,
+    config: RunConfig,
+    check_stop: CheckStop,
+) -> Iterator[Slice]:
+    """The third pass: every row with its answer, or None where it has none yet."""
+    row_number = 0
+    reading = batches(
+        plan.sources, config.limit, check_stop, columns=_identifying, carried=plan.carried
+    )
+    for source, batch in reading:
+        first, row_number = row_number, row_number + len(batch)
+        outcomes = [
+            _answer(source, batch, index, slot, journal)
+            for index, slot in enumerate(plan.slots[first:row_number])
+        ]
+        custom_ids = [
+            _custom_id(row) or str(first + index + 1) for index, row in enumerate(batch.rows)
+        ]
+        yield Slice(batch.carried, custom_ids, Places(source.file.name, batch.lines), outcomes)
+    check_unchanged(plan.sources)
+
+
+def _answer(
+    source: Source, batch: Batch, index: int, slot: int, journal: Journal
+) -> Outcome | InvalidRow | None:
+    if slot == INVALID:
+        built = identified(source.builder, batch.rows[index])
+        if not isinstance(built, Invalid):
+            raise changed(source.file)
+        return InvalidRow(built.reason)
+    return journal.read(slot) if journal.held(slot) is not Held.NEW else None
+
+
+def _identifying(source: Source) -> Collection[str] | None:
+    # Why a row is invalid is found out again: reasons for 10,000,000 bad rows are not kept.
+    return source.layout.columns_needed if source.invalid else (prompts.CUSTOM_ID,)
+
+
+def _custom_id(row: Row | BadRow) -> str | None:
+    return None if isinstance(row, BadRow) else prompts.custom_id(row)
+
+
+class Places(Sequence[str]):
+    """Where rows stand, for people: ``prompts.jsonl:214``; made only when asked for."""
+
+    __slots__ = ("_lines", "_name")
+
+    def __init__(self, name: str, lines: Sequence[int]) -> None:
+        self._name = name
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # nobody slices it
+        return f"{self._name}:{self._lines[index]}"
+
+
+def check_unchanged(sources: Sequence[Source]) -> None:
+    """StoppedEarly when a file is no longer the one this run began to read."""
+    for source in sources:
+        if not inputs.unchanged(source.file):
+            raise changed(source.file)
+
+
+def changed(file: InputFile) -> StoppedEarly:
+    return StoppedEarly(f"{file.name} changed while it was read; nothing was published")
+
+
+def batches(
+    sources: Sequence[Source],
+    limit: int | None,
+    check_stop: CheckStop = never_stop,
+    *,
+    columns: Callable[[Source], Collection[str] | None] = needed,
+    carried: Carried | None = None,
+) -> Iterator[tuple[Source, Batch]]:
+    """Every source's batches up to ``limit`` rows in all."""
+    left = limit
+    for source in sources:
+        for batch in inputs.read(source.file, columns=columns(source), carry=carried):
+            check_stop()
+            if left is not None:
+                batch = _first(batch, left)
+                left -= len(batch)
+            if len(batch):
+                yield source, batch
+            if left == 0:
+                return
+
+
+def _first(batch: Batch, rows: int) -> Batch:
+    if len(batch) <= rows:
+        return batch
+    carried = batch.carried.slice(0, rows) if batch.carried is not None else None
+    return Batch(batch.lines[:rows], batch.rows[:rows], carried)

@@ -1,0 +1,720 @@
+"""A whole run, from a RunConfig to a RunSummary. It reads like the README.
+
+Rows that are answered are known before anything is sent; what is sent is journaled as it lands;
+what is settled is published as one file; the published file is the memory of the next run. Every
+early end takes the same way out: the Stop is set, the pool drains, the journal is made durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from batchrun import delivery, inputs, journal, outputs, plan, prompts, report
+from batchrun.accounting import OutputTally
+from batchrun.config import (
+    MAX_CONCURRENCY,
+    STATE_SUFFIX,
+    STDIN,
+    VERSION,
+    JSONValue,
+    RunConfig,
+)
+from batchrun.delivery import Delivered, Totals
+from batchrun.endpoint import ChatEndpoint
+from batchrun.errors import (
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    BatchrunError,
+    EndpointRefused,
+    Interrupted,
+    LocalIOError,
+    SettingsDiffer,
+    UsageError,
+)
+from batchrun.inputs import Resolved
+from batchrun.journal import Header, Held, Journal, Recovery, Status
+from batchrun.mock_server import Knobs, MockServer
+from batchrun.outputs import Footer
+from batchrun.plan import Source
+from batchrun.pool import Pool
+from batchrun.progress import Progress, Snapshot
+from batchrun.prompts import PromptSettings
+from batchrun.providers import DEFAULT_MODEL, Endpoint, provider_of
+from batchrun.report import FileFacts, StartFacts
+from batchrun.saved import save_config, saved_hosts
+from batchrun.types import Bound, OutputTotals, RowCounts, RunSummary, State, ThisRun
+
+MOCK_HOST = "mock"
+MOCK_ENDPOINT = Endpoint("", MOCK_HOST, MOCK_HOST, None, None, None, None)
+# aiohttp holds one socket for each request in flight; files and the journal need a few more.
+SPARE_FILES = 64
+# The collector would look through every live object again and again; a run makes no cycles.
+GC_THRESHOLD = 200_000
+IMPORT_ROWS = 1_000
+OFFER_S = 5.0
+SHOWN_MODELS = 5
+SHOWN_SETTING = 40
+
+
+async def run(
+    config: RunConfig, talk: Progress | None = None, *, handle_signals: bool = False
+) -> RunSummary:
+    """Do the whole job and say what it amounted to.
+
+    Raises BatchrunError for what ends before the run began: usage, settings that differ, the lock,
+    an input that cannot be read. Afterwards every end is a RunSummary with its exit code.
+    ``handle_signals`` is for a process of our own: SIGINT, SIGTERM and SIGHUP then drain the run.
+    """
+    talk = talk or Progress(quiet=True)
+    stop = Stop(config, talk)
+    with ExitStack() as stack:
+        if handle_signals:
+            stack.enter_context(_signals(stop))
+        _check_output(config)
+        state = stack.enter_context(_state_dir(config))
+        waiting = journal.lock(state, config.if_locked, cancelled=stop.requested)
+        lock = await asyncio.to_thread(stack.enter_context, waiting)
+        try:
+            return await _Run(config, talk, stop, state, lock).go()
+        except BaseException:
+            # What ended before it began leaves nothing behind.
+            if not has_journal(state):
+                lock.remove_state()
+            raise
+
+
+class Stop:
+    """Whether and why this run should end early; asked by the passes, told to the pool."""
+
+    def __init__(self, config: RunConfig, talk: Progress) -> None:
+        self.cause: BatchrunError | None = None
+        self.requested = threading.Event()
+        self._config = config
+        self._talk = talk
+        self._pool: Pool | None = None
+
+    def attach(self, pool: Pool) -> None:
+        self._pool = pool
+        if self.cause is not None:
+            pool.stop(self.cause)
+
+    def now(self, cause: BatchrunError) -> None:
+        self.cause = cause
+        self.requested.set()
+        if self._pool is not None and self._pool.in_flight:
+            self._talk.note(
+                f"{self._pool.in_flight:,} answers are on their way, waiting up to"
+                f" {self._config.drain_s:g} s (Ctrl-C: stop now)",
+                label="stopping",
+            )
+        if self._pool is not None:
+            self._pool.stop(cause)
+
+    def check(self) -> None:
+        """Raise the cause; called by the passes over the input, once a batch."""
+        if self.cause is not None:
+            raise self.cause
+
+
+@dataclass
+class _Run:
+    """What the steps of one run hand to each other."""
+
+    config: RunConfig
+    talk: Progress
+    stop: Stop
+    state: Path
+    lock: journal.Lock
+
+    def __post_init__(self) -> None:
+        self.started_s = self.sending_since_s = time.monotonic()
+        self.started_at_ms = int(time.time() * 1000)
+        self.published: Footer | None = None
+        self.hosts_before: list[str] = []
+        self.keep_old = self.keep_state = self.continues = False
+        self.summary = RunSummary(
+            batchrun_version=VERSION,
+            inputs=list(self.config.inputs),
+            output=self.config.output,
+            state_dir=str(self.state),
+            synthetic=self.config.mock,
+            started_at=now_utc(),
+        )
+
+    async def go(self) -> RunSummary:
+        config = self.config
+        files = await asyncio.to_thread(self._resolve)
+        settings = prompt_settings(config)
+        self.sources = await asyncio.to_thread(plan.lay_out, files.files, settings, config)
+        self.settings = config.request_settings(*plan.shapes(self.sources)) | {
+            "model": model_of(config)
+        }
+        self.published = self._recognise()
+        if self.published is not None:
+            self.hosts_before = self.published.hosts
+        if self.published is not None and await asyncio.to_thread(self._is_current):
+            return self._nothing_left(self.published)
+        self.book = self._open_journal()
+        try:
+            return await self._with_journal(files)
+        except BatchrunError as exc:
+            if isinstance(exc, UsageError):
+                raise
+            return self._ended(exc)
+        finally:
+            self.book.close()
+
+    async def _with_journal(self, files: Resolved) -> RunSummary:
+        if self.published is not None:
+            await asyncio.to_thread(self._import, self.published)
+        self.plan = await asyncio.to_thread(
+            plan.make_plan, self.sources, self.config, self.book, self.stop.check
+        )
+        self.book.forget_passes()
+        self._check_limit()
+        self.ok_before = self.book.count(Held.OK)
+        self._say_start(files)
+        if self.plan.counts.to_send:
+            delivered = await self._deliver()
+            self.summary.this_run = _this_run(delivered)
+            if delivered.cause is not None:
+                return self._stopped(delivered, delivered.cause)
+        footer = await asyncio.to_thread(self._publish)
+        return self._finished(footer)
+
+    # The steps, in order
+
+    def _resolve(self) -> Resolved:
+        config = self.config
+        spool = None
+        if STDIN in config.inputs:
+            spool = inputs.spool(sys.stdin.buffer, self.state)
+        output = None if config.to_stdout else Path(config.output)
+        return inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
+
+    def _recognise(self) -> Footer | None:
+        """The footer of the output as it is; a file that is not ours needs --overwrite."""
+        config = self.config
+        path = Path(config.output)
+        if config.to_stdout or not path.exists():
+            return None
+        outputs.clean_leftovers(path)
+        footer = outputs.recognise(path)
+        if footer is None:
+            if not config.overwrite:
+                raise UsageError(
+                    f"{path} exists and was not written by batchrun; nothing was sent. Choose:",
+                    next_steps=(
+                        "-o other.parquet    keep both",
+                        f"--overwrite         keep it as {path.name}.bak",
+                    ),
+                )
+            self.keep_old = True
+        elif footer.settings != self.settings:
+            self.keep_old = True
+            if not config.overwrite and not has_journal(self.state):
+                raise _differ(config, footer.settings, self.settings, footer.rows.ok)
+            return None
+        return footer
+
+    def _is_current(self) -> bool:
+        """Whether the output already is what this run would publish, so that nothing is left."""
+        footer = self.published
+        assert footer is not None
+        if not footer.complete or footer.rows.passing or has_journal(self.state):
+            return False
+        if self.config.retry_failed and footer.rows.error:
+            return False
+        return footer.publishing == self.config.publishing_settings() and (
+            footer.inputs_digest == self._digest()
+        )
+
+    def _digest(self) -> str:
+        return inputs.content_digest(source.file for source in self.sources)
+
+    def _open_journal(self) -> Journal:
+        header = Header(
+            format=journal.FORMAT,
+            hash_version=prompts.HASH_VERSION,
+            run_id=uuid.uuid4().hex,
+            created_at_ms=int(time.time() * 1000),
+            batchrun_version=VERSION,
+            settings=self.settings,
+            synthetic=self.config.mock,
+        )
+        self.continues = has_journal(self.state)
+        book = Journal.open(self.state, header)
+        if book.header.settings != self.settings:
+            if book.answers and not self.config.overwrite:
+                book.close()
+                raise _differ(self.config, book.header.settings, self.settings, book.answers)
+            if book.answers:
+                book.set_aside(self.state.with_name(self.state.name + ".bak"))
+            book.reset(header)
+            self.continues = False
+        self.hosts_before += saved_hosts(self.state)
+        if book.recovery.cut_bytes or book.recovery.holes:
+            self._note(_recovered(book.recovery))
+        return book
+
+    def _import(self, footer: Footer) -> None:
+        """Take over the answers of the published output: one path for every rerun."""
+        book = self.book
+        if footer.run_id in book.imported or footer.run_id == book.header.run_id:
+            return
+        book.begin_pass()
+        for number, outcome in enumerate(outputs.read_back(Path(self.config.output))):
+            book.settled(book.claim(outcome.hash), outcome)
+            if number % IMPORT_ROWS == 0:
+                self.stop.check()
+                book.flush()
+        book.note_imported(footer.run_id)
+        book.sync()
+
+    def _check_limit(self) -> None:
+        config, book = self.config, self.book
+        held = book.answers + book.count(Held.PASSING)
+        if config.limit is not None and held > config.limit:
+            raise UsageError(
+                f"--limit {config.limit} would leave out answers of {config.output},"
+                f" which holds {held:,}",
+                next_steps=("-o trial.parquet    for a trial beside it",),
+            )
+
+    def _say_start(self, files: Resolved) -> None:
+        facts = self._start_facts(files)
+        self.talk.print_block(report.start_block(facts), report.start_lines(facts))
+        done = self.plan.counts.total - self.plan.counts.to_send
+        self.talk.begin(self.plan.counts.total, done)
+
+    async def _deliver(self) -> Delivered:
+        config, counts = self.config, self.plan.counts
+        save_config(self.state, config, model_of(config), self._hosts())
+        self.before = Totals(counts.total, counts.held_ok, counts.held_failed + counts.invalid)
+        self.sending_since_s = time.monotonic()
+        with _tuned_process(config):
+            async with chat_endpoint(config) as (endpoint, host):
+                delivered = await delivery.deliver(
+                    config,
+                    endpoint,
+                    host,
+                    plan.requests(self.plan, self.book, config),
+                    self.book,
+                    self.before,
+                    self.talk,
+                    one_model=len(self.plan.models) < 2,
+                    on_pool=self.stop.attach,
+                    watch=self._write_status,
+                )
+                if delivered.wrong_model:
+                    delivered = await _with_offer(delivered, endpoint)
+                return delivered
+
+    def _publish(self) -> Footer:
+        """Write the output from the journal, whole or not at all."""
+        config, counts = self.config, self.plan.counts
+        answered_now = self.book.count(Held.OK) - self.ok_before
+        unused = self.book.count(Held.OK) - counts.held_ok - answered_now
+        target: Path | BinaryIO = sys.stdout.buffer
+        if not config.to_stdout:
+            target = Path(config.output)
+            if self.keep_old or (unused and self.published is not None):
+                self.summary.backup = str(outputs.backup(target))
+        self.keep_state = bool(unused and self.summary.backup is None)
+        if unused:
+            self._note(
+                f"{unused:,} answers of rows that are gone from the input are kept in "
+                f"{self.summary.backup or self.state}"
+            )
+        self.tally = OutputTally()
+        footer = Footer(
+            batchrun_version=VERSION,
+            run_id=self.book.header.run_id,
+            synthetic=config.mock,
+            inputs=[source.file.name for source in self.sources],
+            inputs_digest=self._digest(),
+            settings=self.settings,
+            publishing=config.publishing_settings(),
+            hosts=self._hosts(),
+            started_at=self.summary.started_at or "",
+            finished_at=now_utc(),
+        )
+        footer = outputs.publish(
+            target,
+            config.output_format,
+            self.plan.carried.schema,
+            plan.slices(self.plan, self.book, config, self.stop.check),
+            footer,
+            self.tally,
+            response_body=config.response_body,
+        )
+        if self.plan.carried.surrogates:
+            count = self.plan.carried.surrogates
+            self._note(f"{count:,} lone surrogates in carried columns became U+FFFD")
+        return footer
+
+    # How it ends
+
+    def _finished(self, footer: Footer) -> RunSummary:
+        if not self.keep_state and not (self.config.to_stdout and self.config.state_dir):
+            self.book.close()
+            self.lock.remove_state()
+            self.summary.state_dir = None
+        self.summary.published = True
+        return self._told(footer, reused=self.plan.counts.held_ok + self.plan.counts.held_failed)
+
+    def _nothing_left(self, footer: Footer) -> RunSummary:
+        self.lock.remove_state()
+        self.summary.state_dir = None
+        return self._told(footer, reused=footer.rows.ok + footer.rows.error)
+
+    def _told(self, footer: Footer, *, reused: int) -> RunSummary:
+        """The summary of an output that is whole, whoever wrote it."""
+        rows, allowed = footer.rows, self.config.allow_failures
+        total = rows.ok + rows.error
+        summary = self.summary
+        summary.rows = RowCounts(
+            total=total,
+            ok=rows.ok,
+            error=rows.error,
+            reused=reused,
+            truncated=rows.truncated,
+            filtered=rows.filtered,
+            empty=rows.empty,
+            duplicate=rows.duplicate,
+        )
+        summary.errors = footer.errors
+        summary.request_models = footer.request_models
+        summary.output_totals = OutputTotals(footer.tokens)
+        if allowed.covers(rows.error, total):
+            return self._closed("finished", EXIT_OK, None)
+        reason = f"{rows.error:,} rows failed, {allowed} allowed"
+        return self._closed("finished", EXIT_ROWS_FAILED, reason)
+
+    def _stopped(self, delivered: Delivered, cause: BatchrunError) -> RunSummary:
+        tally, counts = delivered.tally, self.plan.counts
+        self.summary.errors = tally.errors
+        ok, failed = counts.held_ok + tally.ok, counts.held_failed + counts.invalid + tally.failed
+        failed -= delivered.reopened
+        self.summary.rows = RowCounts(
+            total=counts.total,
+            ok=ok,
+            error=failed,
+            pending=counts.total - ok - failed,
+            reused=counts.held_ok + counts.held_failed,
+            truncated=tally.truncated,
+            filtered=tally.filtered,
+            empty=tally.empty,
+            duplicate=counts.repeats,
+        )
+        return self._ended(cause)
+
+    def _ended(self, cause: BatchrunError) -> RunSummary:
+        self.summary.next_steps = list(cause.next_steps)
+        summary = self._closed(_state_of(cause), cause.exit_code, cause.message)
+        if hasattr(self, "plan"):
+            status = self._status(summary.rows.ok, summary.rows.error)
+            status.state, status.exit_code = "stopped", cause.exit_code
+            status.reason = cause.message
+            journal.write_status(self.state, status)
+        return summary
+
+    def _closed(self, state: State, exit_code: int, reason: str | None) -> RunSummary:
+        summary = self.summary
+        summary.state = state
+        summary.exit_code = exit_code
+        summary.reason = reason
+        summary.finished_at = now_utc()
+        summary.wall_s = round(time.monotonic() - self.started_s, 3)
+        if self.config.endpoint is not None:
+            summary.endpoint = self.config.endpoint.url
+        return summary
+
+    # Facts for people
+
+    def _start_facts(self, files: Resolved) -> StartFacts:
+        config, counts = self.config, self.plan.counts
+        endpoint = config.endpoint
+        return StartFacts(
+            files=tuple(file_facts(source) for source in self.sources),
+            output=config.output,
+            rows=counts.total,
+            to_send=counts.to_send,
+            to_retry=counts.retried,
+            answered_before=counts.held_ok,
+            failed_before=counts.held_failed,
+            invalid=counts.invalid,
+            repeats=counts.repeats,
+            continues_since_ms=self.book.header.created_at_ms if self.continues else None,
+            base_url=endpoint.base_url if endpoint else MOCK_HOST,
+            host=endpoint.host if endpoint else MOCK_HOST,
+            model=model_of(config),
+            key_name=endpoint.key_name if endpoint else None,
+            synthetic=config.mock,
+            hosts_before=tuple(host for host in self.hosts_before if host != self._host),
+            renamed=tuple(self.plan.carried.renamed),
+            models_replaced=tuple(sorted(counts.models_replaced)),
+            rows_model_replaced=counts.model_replaced,
+            rows_params_replaced=tuple(sorted(counts.params_replaced.items())),
+            skipped=tuple(files.skipped),
+            notes=tuple(self.summary.notes),
+        )
+
+    @property
+    def _host(self) -> str:
+        return self.config.endpoint.host if self.config.endpoint else MOCK_HOST
+
+    def _hosts(self) -> list[str]:
+        return list(dict.fromkeys([*self.hosts_before, self._host]))
+
+    def _note(self, text: str) -> None:
+        self.summary.notes.append(text)
+
+    def _write_status(self, snapshot: Snapshot, bound_by: Bound) -> None:
+        """Called about once a second in the thread that syncs; read by ``batchrun status``."""
+        status = self._status(snapshot.ok, snapshot.failed)
+        elapsed_s = max(time.monotonic() - self.sending_since_s, 1e-3)
+        sent = snapshot.ok + snapshot.failed - self.before.ok - self.before.failed
+        status.rows_per_s = sent / elapsed_s
+        status.in_flight = snapshot.in_flight
+        status.bound_by = bound_by
+        journal.write_status(self.state, status)
+
+    def _status(self, ok: int, failed: int) -> Status:
+        now_ms = int(time.time() * 1000)
+        counts = self.plan.counts
+        return Status(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            started_at_ms=self.started_at_ms,
+            updated_at_ms=now_ms,
+            command=self.config.command,
+            inputs=list(self.config.inputs),
+            output=self.config.output,
+            endpoint=self._host,
+            model=model_of(self.config),
+            total=counts.total,
+            ok=ok,
+            failed=failed,
+            pending=counts.total - ok - failed,
+        )
+
+
+def prompt_settings(config: RunConfig) -> PromptSettings:
+    """What the user asks of every row, with this endpoint's habits."""
+    return plan.settings_of(config, model=model_of(config), stream_usage=_asks_usage(config))
+
+
+def model_of(config: RunConfig) -> str | None:
+    if config.model is not None:
+        return config.model
+    return DEFAULT_MODEL if config.endpoint is None else config.endpoint.default_model
+
+
+def _asks_usage(config: RunConfig) -> bool:
+    """Whether a stream of this endpoint tells its usage only when asked (endpoints.md §3.2)."""
+    if config.endpoint is None:
+        return False
+    provider = provider_of(config.endpoint.url)
+    is_default = config.endpoint.default_model == DEFAULT_MODEL
+    return not is_default and (provider is None or provider.name != "mistral")
+
+
+# Before anything is sent
+
+
+def _check_output(config: RunConfig) -> None:
+    """Say at once what would make publishing fail at the end."""
+    if config.to_stdout:
+        return
+    path = Path(config.output)
+    if path.is_dir():
+        raise UsageError(f"-o {path}: that is a directory; name a file in it")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise UsageError(f"-o {path}: there is no directory {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise LocalIOError(f"{path}: cannot write in {parent}: Permission denied")
+
+
+@contextmanager
+def _state_dir(config: RunConfig) -> Iterator[Path]:
+    if config.state_dir is not None:
+        yield config.state_dir
+    elif not config.to_stdout:
+        yield Path(config.output + STATE_SUFFIX)
+    else:
+        # Nothing can continue what went to stdout, unless --state says where to remember it.
+        with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
+            yield Path(directory) / "state"
+
+
+@asynccontextmanager
+async def chat_endpoint(config: RunConfig) -> AsyncIterator[tuple[ChatEndpoint, str]]:
+    """The endpoint to send to and its name for people; with --mock the one inside."""
+    if config.endpoint is None:
+        async with MockServer(Knobs()) as server:
+            inside = replace(MOCK_ENDPOINT, url=f"{server.url}/v1/chat/completions")
+            async with _client(inside, config) as endpoint:
+                yield endpoint, MOCK_HOST
+    else:
+        async with _client(config.endpoint, config) as endpoint:
+            yield endpoint, config.endpoint.host
+
+
+def _client(endpoint: Endpoint, config: RunConfig) -> ChatEndpoint:
+    return ChatEndpoint(
+        endpoint,
+        () if config.mock else config.headers,
+        timeout_s=config.timeout_s,
+        connect_timeout_s=config.connect_timeout_s,
+        proxied=not config.mock,
+    )
+
+
+def has_journal(state: Path) -> bool:
+    return next(state.glob("journal-*.seg"), None) is not None
+
+
+def file_facts(source: Source) -> FileFacts:
+    """One input as the start block and ``validate`` show it."""
+    return FileFacts(
+        name=source.file.name,
+        format=source.file.format,
+        compression=source.file.compression,
+        rows=source.rows,
+        size_bytes=source.file.size_bytes,
+        shape=source.layout.shape,
+        prompt_column=source.layout.prompt_column,
+        sent=source.layout.sent,
+        carried_only=source.layout.carried_only,
+    )
+
+
+def _differ(
+    config: RunConfig, held: Mapping[str, object], wanted: Mapping[str, JSONValue], answers: int
+) -> SettingsDiffer:
+    lines = [f"{config.output} was made with other settings:"]
+    for name, value in wanted.items():
+        if held.get(name) != value:
+            lines.append(f"    {name:<12}{_shown(held.get(name))}  ->  {_shown(value)}")
+    lines.append(f"  {answers:,} answers would be asked for again. Choose:")
+    suffix = Path(config.output).suffix
+    return SettingsDiffer(
+        "\n".join(lines),
+        next_steps=(f"-o other{suffix}    keep both          --overwrite    keep the old as .bak",),
+    )
+
+
+def _shown(value: object) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= SHOWN_SETTING else f"{text[: SHOWN_SETTING - 3]}..."
+
+
+def _recovered(recovery: Recovery) -> str:
+    text = f"the journal had {recovery.cut_bytes:,} bytes of an unfinished write"
+    if recovery.holes:
+        text += f" and {recovery.holes:,} holes of {recovery.hole_bytes:,} bytes"
+    return f"{text}; every whole answer was kept"
+
+
+def _this_run(delivered: Delivered) -> ThisRun:
+    tally = delivered.tally
+    return ThisRun(
+        rows_sent=tally.done,
+        attempts=tally.attempts,
+        retries=tally.retries,
+        rate_limited=tally.rate_limited,
+        in_doubt=tally.in_doubt,
+        tokens=tally.tokens,
+        bound_by=delivered.bound_by,
+    )
+
+
+def _state_of(cause: BatchrunError) -> State:
+    if isinstance(cause, EndpointRefused):
+        return "refused"
+    return "error" if isinstance(cause, LocalIOError | UsageError) else "stopped"
+
+
+async def _with_offer(delivered: Delivered, endpoint: ChatEndpoint) -> Delivered:
+    """Add what the endpoint offers to the advice about a model it does not have."""
+    cause = delivered.cause
+    assert cause is not None
+    with suppress(BatchrunError, TimeoutError):
+        async with asyncio.timeout(OFFER_S):
+            offered = await endpoint.models()
+        if offered:
+            names = ", ".join(offered[:SHOWN_MODELS])
+            more = f" and {len(offered) - SHOWN_MODELS:,} more" if offered[SHOWN_MODELS:] else ""
+            cause.next_steps = (f"add --model NAME; it offers: {names}{more}",)
+    return delivered
+
+
+@contextmanager
+def _tuned_process(config: RunConfig) -> Iterator[None]:
+    """Room for one socket a request, and a collector that does not look through everything."""
+    wanted = (config.concurrency or MAX_CONCURRENCY) + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+@contextmanager
+def _signals(stop: Stop) -> Iterator[None]:
+    """First SIGINT, SIGTERM or SIGHUP: drain. Second: out at once, the journal is valid anyway."""
+    loop = asyncio.get_running_loop()
+    seen: list[int] = []
+
+    def on_signal(signum: int) -> None:
+        if seen:
+            os._exit(128 + signum)
+        seen.append(signum)
+        stop.now(Interrupted(signum))
+
+    # A signal ignored at the start (nohup, background jobs) stays ignored.
+    caught = [
+        signum
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(signum) is not signal.SIG_IGN
+    ]
+    for signum in caught:
+        loop.add_signal_handler(signum, on_signal, signum)
+    try:
+        yield
+    finally:
+        for signum in caught:
+            loop.remove_signal_handler(signum)
+
+
+def now_utc() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

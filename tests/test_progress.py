@@ -1,0 +1,198 @@
+"""What the bar and the log say, and that neither can hold up or end a run."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from batchrun.progress import MINUTE_S, Progress, Snapshot, Speed, bar_tail, minute_line
+
+NOW = datetime(2026, 11, 21, 2, 0, tzinfo=timezone(timedelta(hours=1)))
+STAMP = "2026-11-21T02:00:00+01:00 "
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def _speed(rows: int, tokens: int, elapsed_s: float) -> Speed:
+    speed = Speed()
+    speed.sample(0.0, 0, 0)
+    speed.sample(elapsed_s, rows, tokens)
+    return speed
+
+
+def _progress(
+    stream: io.StringIO,
+    clock: Clock | None = None,
+    *,
+    is_tty: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
+    log_file: io.StringIO | None = None,
+) -> Progress:
+    return Progress(
+        stream=stream,
+        is_tty=is_tty,
+        quiet=quiet,
+        verbose=verbose,
+        log_file=log_file,
+        clock=clock or Clock(),
+        now=lambda: NOW,
+    )
+
+
+def test_the_bar_says_rates_time_left_and_failures() -> None:
+    snapshot = Snapshot(total=2000, done=1260, ok=1258, failed=2, in_flight=48, tokens=700_000)
+    tail = bar_tail(snapshot, _speed(1260, 700_000, 41.0), 41.0)
+    assert tail == "1,260/2,000 [0:41<0:24] 30.7 rows/s 17k tok/s 48 busy 2 failed"
+    assert len(" 63% |######    | " + tail) <= 80
+
+
+def test_a_long_bar_drops_the_least_important_facts_first() -> None:
+    snapshot = Snapshot(total=9_999_999, done=8_765_432, failed=12_345, in_flight=512, tokens=1)
+    tail = bar_tail(snapshot, _speed(8_765_432, 10**9, 36_000.0), 36_000.0)
+    assert len(tail) <= 62
+    assert tail.startswith("8,765,432/9,999,999 ")
+    assert tail.endswith("12,345 failed")
+    assert "tok/s" not in tail
+
+
+def test_the_bar_says_what_it_waits_for() -> None:
+    snapshot = Snapshot(2000, 1260, waiting=(38.2, "Retry-After from api.mistral.ai"))
+    tail = bar_tail(snapshot, Speed(), 1.0)
+    assert tail == "1,260/2,000 waiting 38 s: Retry-After from api.mistral.ai"
+
+
+def test_ordinary_pacing_is_not_shown_as_waiting() -> None:
+    snapshot = Snapshot(2000, 1260, waiting=(0.03, "100 requests a second"))
+    assert "waiting" not in bar_tail(snapshot, Speed(), 1.0)
+
+
+def test_a_log_line_fits_its_width_beside_the_time() -> None:
+    moving = Snapshot(12_672, 1_848, tokens=1_020_000)
+    line = minute_line(moving, _speed(1_848, 1_020_000, 60.0))
+    assert line == "1,848/12,672 30.8 rows/s 17k tok/s 0 failed ETA 5m51s"
+    waiting = Snapshot(12_672, 2_960, waiting=(40.0, "Retry-After from api.mistral.ai"))
+    assert minute_line(waiting, Speed()) == "2,960/12,672 waiting 40 s: Retry-After, 0 failed"
+
+
+def test_the_rate_is_that_of_the_last_half_minute() -> None:
+    speed = Speed()
+    for second in range(100):
+        speed.sample(float(second), second * 10, 0)
+    for second in range(100, 131):
+        speed.sample(float(second), 990, 0)
+    assert speed.rows_per_s == 0.0
+    assert speed.remaining_s(10) is None
+
+
+def test_a_log_gets_one_line_a_minute_also_while_nothing_moves() -> None:
+    stream, clock = io.StringIO(), Clock()
+    talk = _progress(stream, clock)
+    talk.begin(100, 0)
+    for step in range(int(2.5 * MINUTE_S * 5)):
+        clock.now_s = step / 5
+        talk.update(Snapshot(100, 0, in_flight=1))
+    talk.end()
+    talk.close()
+    lines = stream.getvalue().splitlines()
+    assert lines == [f"{STAMP}0/100 0.0 rows/s 0 tok/s 0 failed"] * 2
+
+
+def test_a_terminal_gets_a_bar_and_notes_above_it() -> None:
+    stream, clock = io.StringIO(), Clock()
+    talk = _progress(stream, clock, is_tty=True)
+    talk.print_block("a -> b\nrows      2,000", ["start a -> b"])
+    talk.begin(2000, 1000)
+    clock.now_s = 10.0
+    talk.update(Snapshot(2000, 1260, in_flight=48))
+    talk.note("the key changed")
+    talk.end()
+    talk.print_block("done      2,000")
+    talk.close()
+    text = stream.getvalue()
+    assert text.startswith("a -> b\nrows      2,000\n")
+    assert "note      the key changed\n" in text
+    assert re.search(r"\r 63% \|######    \| 1,260/2,000 \[0:10<0:28\] 26\.0 rows/s", text)
+    assert text.endswith("\ndone      2,000\n")
+    assert STAMP not in text
+
+
+def test_off_a_terminal_everything_has_its_time() -> None:
+    stream = io.StringIO()
+    talk = _progress(stream)
+    talk.print_block("a -> b\nrows      2,000", ["start a -> b, 2,000 rows"])
+    talk.note("48 answers are on their way", label="stopping")
+    talk.close()
+    assert stream.getvalue().splitlines() == [
+        f"{STAMP}start a -> b, 2,000 rows",
+        f"{STAMP}stopping 48 answers are on their way",
+    ]
+
+
+def test_quiet_says_nothing_but_keeps_the_log_file() -> None:
+    stream, log_file = io.StringIO(), io.StringIO()
+    talk = _progress(stream, is_tty=True, quiet=True, log_file=log_file)
+    talk.print_block("a -> b", ["start a -> b"])
+    talk.begin(10, 0)
+    talk.update(Snapshot(10, 1))
+    talk.note("hello")
+    talk.end()
+    talk.close()
+    assert stream.getvalue() == ""
+    assert log_file.getvalue() == f"{STAMP}start a -> b\n{STAMP}note hello\n"
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_details_are_shown_only_when_asked_for_and_always_logged(verbose: bool) -> None:
+    stream, log_file = io.StringIO(), io.StringIO()
+    talk = _progress(stream, is_tty=True, verbose=verbose, log_file=log_file)
+    talk.detail("window 32 -> 64")
+    talk.close()
+    assert ("window 32 -> 64" in stream.getvalue()) is verbose
+    assert log_file.getvalue() == f"{STAMP}detail window 32 -> 64\n"
+
+
+def test_a_closed_terminal_does_not_end_the_run_or_the_log() -> None:
+    stream, log_file = io.StringIO(), io.StringIO()
+    stream.close()
+    talk = _progress(stream, is_tty=True, log_file=log_file)
+    talk.begin(10, 0)
+    talk.update(Snapshot(10, 1))
+    talk.note("still here")
+    talk.close()
+    assert log_file.getvalue() == f"{STAMP}note still here\n"
+
+
+class PausedTerminal(io.StringIO):
+    """Takes nothing until released, as a terminal after Ctrl-S."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.released.wait()
+        return super().write(text)
+
+
+def test_a_paused_terminal_holds_up_nobody() -> None:
+    stream = PausedTerminal()
+    talk = _progress(stream)
+    for number in range(5_000):
+        talk.note(f"n{number}")
+    stream.released.set()
+    talk.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[-1] == f"{STAMP}note n4999"
+    # What the terminal could not take in time is dropped, oldest first.
+    assert len(lines) < 5_000
