@@ -1,0 +1,81 @@
+"""A file of prompts in, a Parquet of answers out.
+
+    import batchrun
+
+    summary = batchrun.submit("prompts.jsonl", mock=True)          # also under a running loop
+    summary = await batchrun.run(config)                           # a RunConfig, all choices made
+    async with batchrun.complete(prompts, mock=True) as results:   # no file, no journal
+        async for result in results:
+            print(result.response)
+
+``__all__`` is the promise. Nothing heavy is imported before it is used: the command line imports
+this module first.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchrun.api import complete, submit
+    from batchrun.config import VERSION as __version__
+    from batchrun.config import Allowance, RunConfig
+    from batchrun.errors import (
+        BatchrunError,
+        EndpointRefused,
+        Interrupted,
+        JournalDamaged,
+        LocalIOError,
+        Locked,
+        SettingsDiffer,
+        StoppedEarly,
+        UsageError,
+    )
+    from batchrun.run import run
+    from batchrun.types import Result, RunSummary, Usage
+
+__all__ = [
+    "Allowance",
+    "BatchrunError",
+    "EndpointRefused",
+    "Interrupted",
+    "JournalDamaged",
+    "LocalIOError",
+    "Locked",
+    "Result",
+    "RunConfig",
+    "RunSummary",
+    "SettingsDiffer",
+    "StoppedEarly",
+    "Usage",
+    "UsageError",
+    "__version__",
+    "complete",
+    "run",
+    "submit",
+]
+
+_HOMES = {
+    "complete": "api",
+    "submit": "api",
+    "run": "run",
+    "RunConfig": "config",
+    "Allowance": "config",
+    "Result": "types",
+    "RunSummary": "types",
+    "Usage": "types",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("batchrun.config").VERSION
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"batchrun.{_HOMES.get(name, 'errors')}")
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -249,7 +249,10 @@ class OutputTally:
             self._failed(outcome.kind, outcome.code, passing, outcome.message, custom_id, source)
             return
         self.ok += 1
-        if answer is not None:
+        # Nearly every answer is whole: the finer questions are for the others.
+        if answer is not None and (
+            answer.finish_reason != "stop" or not answer.response or answer.refusal
+        ):
             self._judge(answer)
 
     def _judge(self, answer: Answer) -> None:

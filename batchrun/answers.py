@@ -99,6 +99,8 @@ class _Completion(Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder(_Completion).decode
+_decode_raw = msgspec.json.Decoder(Raw).decode
+_BEGINS_LATE = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*[{\[]")
 # UnicodeDecodeError is a ValueError; RecursionError is what JSON nested without end brings.
 _SURPRISES = (msgspec.MsgspecError, ValueError, RecursionError)
 _NO_MESSAGE = _Message()
@@ -139,12 +141,12 @@ def body_json(body: bytes) -> bytes | None:
     Valid JSON keeps its bytes, but on several lines it loses the space between them. What strict
     readers would refuse is mended: NaN and Infinity become null, lone surrogates U+FFFD.
     """
-    if not body.lstrip(b" \t\r\n\xef\xbb\xbf").startswith((b"{", b"[")):
+    if not body.startswith((b"{", b"[")) and not _BEGINS_LATE.match(body):
         return None
     try:
         one_line = msgspec.json.format(body, indent=-1) if b"\n" in body or b"\r" in body else body
         # Decoding to Raw checks the grammar and the escapes, but not the UTF-8 between the quotes.
-        msgspec.json.decode(one_line, type=Raw)
+        _decode_raw(one_line)
         if not one_line.isascii():
             one_line.decode()
         return one_line
@@ -271,7 +273,6 @@ def _usage_json(usage: Usage) -> dict[str, object] | None:
 
 _RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKUP = re.compile(r"<(script|style)\b.*?(?:</\1\s*>|\Z)|<[^<>]*>", re.IGNORECASE | re.DOTALL)
 
 
@@ -314,8 +315,9 @@ def _loads(text: str) -> tuple[Any, int]:
     value = _loads_sloppily(text)
     if not _ESCAPED_SURROGATE.search(text):
         return value, 0
-    mended, replaced = _SURROGATE.subn("\ufffd", json.dumps(value, ensure_ascii=False))
-    return _loads_sloppily(mended), replaced
+    text = json.dumps(value, ensure_ascii=False)
+    mended = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return _loads_sloppily(mended), mended.count("\ufffd") - text.count("\ufffd")
 
 
 def _loads_sloppily(text: str) -> Any:
@@ -345,7 +347,7 @@ def _mended(body: bytes) -> bytes | None:
 
 def _is_json(text: str) -> bool:
     try:
-        msgspec.json.decode(text, type=Raw)
+        _decode_raw(text)
         text.encode()
     except _SURPRISES:
         return False

@@ -47,6 +47,7 @@ HEAD_ROWS: Final = 1000
 # A table's schema says what a table has; its first rows serve only to advise.
 _TABLE_HEAD_ROWS: Final = 100
 _BATCH_BYTES: Final = 4 << 20
+_HEAD_BYTES: Final = 32 << 20
 _LINE_LIMIT_BYTES: Final = 64 << 20
 _READ_BYTES: Final = 1 << 20
 # zstd can expand 4 bytes to 128 KB; small pieces keep a hostile file from filling the memory.
@@ -231,7 +232,11 @@ class _Search:
             elif path.name.endswith(".batchrun"):
                 self._skip(path, "the state of a run")
             elif path.is_dir():
-                self._walk(path)
+                # A link may lead back to where we came from.
+                if path.is_symlink():
+                    self._skip(path, "a linked directory")
+                else:
+                    self._walk(path)
             else:
                 self._consider(path)
 
@@ -251,7 +256,7 @@ class _Search:
             self.files.append(_input_file(path, str(path), self._format))
 
     def _skip(self, path: Path, why: str) -> None:
-        self.skipped.append(f"{path} ({why})")
+        self.skipped.append(f"{without_surrogates(str(path))} ({why})")
 
     def _is_output(self, path: Path) -> bool:
         if self._output is None:
@@ -264,6 +269,7 @@ class _Search:
 def _input_file(
     path: Path, name: str, input_format: InputFormat | None, *, magic: bool = False
 ) -> InputFile:
+    name = without_surrogates(name)
     try:
         status = path.stat()
     except OSError as exc:
@@ -427,12 +433,13 @@ class Batch:
 def head(file: InputFile, rows: int = HEAD_ROWS) -> tuple[list[str], list[Row]]:
     """The columns of a file and its first good rows: what `prompts.detect` decides from.
 
-    Columns are a table's schema, or the keys of the JSONL rows, in order of appearance. Of a table
-    fewer rows are read.
+    Columns are a table's schema, or the keys of the JSONL rows, in order of appearance. Fewer rows
+    are read of a table, and of lines that are very long.
     """
     if file.format == "parquet":
         with _table(file) as table:
-            batches = table.iter_batches(min(rows, _TABLE_HEAD_ROWS), use_threads=False)
+            size = min(rows, _TABLE_HEAD_ROWS, _batch_rows(table.metadata))
+            batches = table.iter_batches(size, use_threads=False)
             first = next(batches, None)
             found = [] if first is None else _rows_of(first)
             return table.schema_arrow.names, [row for row in found if isinstance(row, dict)]
@@ -442,11 +449,13 @@ def head(file: InputFile, rows: int = HEAD_ROWS) -> tuple[list[str], list[Row]]:
 def _head_of_lines(file: InputFile, wanted: int) -> tuple[list[str], list[Row]]:
     columns: dict[str, None] = {}
     good: list[Row] = []
-    for _, row, _ in _lines(file):
+    size_bytes = 0
+    for _, row, line_bytes in _lines(file):
         if isinstance(row, dict):
             good.append(row)
             columns.update(dict.fromkeys(row))
-            if len(good) == wanted:
+            size_bytes += line_bytes
+            if len(good) == wanted or size_bytes >= _HEAD_BYTES:
                 break
     return list(columns), good
 

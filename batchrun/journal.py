@@ -691,7 +691,7 @@ class _Contents:
 class _Summary(msgspec.Struct):
     """What a segment holds besides events; with them in its index file."""
 
-    run_id: str
+    salt: int  # tells the segments of all runs apart
     size_bytes: int
     durable: int = 0
     sealed_bytes: int | None = None  # how long the segment before was when it was left
@@ -709,7 +709,7 @@ class _Segment:
         self.fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
         self.size = os.fstat(self.fd).st_size
         self.salt = _salt(run_id, number)
-        self.summary = _Summary(run_id, self.size)
+        self.summary = _Summary(self.salt, self.size)
         self.gaps: list[_Gap] = []
 
     def events(self) -> Iterator[_Event]:
@@ -720,25 +720,23 @@ class _Segment:
         sent: dict[bytes, int] = {}
         replayed = _REPLAYED.unpack_from
         for offset, kind, block, at, end in self._frames():
+            if not SENT <= kind <= REOPEN:
+                self._note(kind, block[at:end])
+                continue
+            key = block[at : at + _REQUEST.size]
+            begun = 0 if sent.pop(key, None) is None else _BEGUN
             if kind == OUTCOME:
                 hash_, occurrence, number, flags, in_doubt, *tokens = replayed(block, at)
                 held = _held_by(number == _OK, bool(flags & _FINAL))
-                begun = sent and sent.pop(block[at : at + _REQUEST.size], None) is not None
-                state = held | _BEGUN if begun else held
                 in_doubt = min(in_doubt, MAX_IN_DOUBT)
-                yield hash_, occurrence, OUTCOME, state, in_doubt, offset, *tokens
+                yield hash_, occurrence, OUTCOME, held | begun, in_doubt, offset, *tokens
             elif kind == SENT:
-                key = block[at : at + _REQUEST.size]
-                if key in sent:
+                if begun:
                     yield _sent_event(key, offset)
                 sent[key] = offset
-            elif kind in (FAILED, REOPEN):
-                key = block[at : at + _REQUEST.size]
-                begun = _BEGUN if sent.pop(key, None) is not None else 0
+            else:
                 state = block[at + _REQUEST.size] | begun
                 yield *_REQUEST.unpack(key), kind, state, 0, offset, *_NO_TOKENS
-            else:
-                self._note(kind, block[at:end])
         for key, offset in sent.items():
             yield _sent_event(key, offset)
 
@@ -904,7 +902,7 @@ def _read_index(path: Path, segment: _Segment) -> bytes | None:
     except (OSError, StructError, msgspec.MsgspecError):
         return None
     events = data[head_end:]
-    same = (summary.run_id, summary.size_bytes) == (segment.summary.run_id, segment.size)
+    same = (summary.salt, summary.size_bytes) == (segment.salt, segment.size)
     if not same or len(events) % _EVENT.size or _crc32(events) != summary.events_crc:
         return None
     segment.summary = summary
@@ -996,9 +994,13 @@ def _segment_numbers(state: Path) -> list[int]:
     return sorted(int(digits) for name in names if (digits := name[8:-4]).isdecimal())
 
 
-def _make_private(directory: Path) -> None:
-    with contextlib.suppress(FileExistsError):
+def _make_private(directory: Path) -> bool:
+    """Whether it had to be made."""
+    try:
         directory.mkdir(0o700)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _write_private(path: Path, data: bytes | bytearray, *, durable: bool = False) -> None:
@@ -1071,6 +1073,8 @@ def _reporting(path: Path, doing: str) -> Iterator[None]:
 LOCK = "lock"
 _STATUS = "status.json"
 _OWN_SUFFIX = ".batchrun"
+_MADE = "made-by-batchrun"
+_OWN_NAMES = ("journal-", _STATUS, "run.json")
 _ATTEMPTS = 200
 _PAUSE_S = 0.01
 
@@ -1100,13 +1104,13 @@ class Lock:
         """Delete the state directory and let go of it; nothing in it may be touched afterwards.
 
         The lock file goes last: whoever finds it gone begins with an empty directory, and whoever
-        had it open finds another file in its place. Of a directory that was here before us, and
-        may hold other things, only our own files go.
+        had it open finds another file in its place. A directory that was here before us may
+        hold other things: of it only the files named here go.
         """
         with _reporting(self.state, "remove"):
-            ours = self.state.name.endswith(_OWN_SUFFIX)
+            whole = self.state.name.endswith(_OWN_SUFFIX) or (self.state / _MADE).exists()
             for path in sorted(self.state.iterdir(), reverse=True):
-                if path.name != LOCK and (ours or path.name.startswith(_OWN_NAMES)):
+                if path.name != LOCK and (whole or path.name.startswith(_OWN_NAMES)):
                     _remove(path)
             (self.state / LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -1120,10 +1124,6 @@ class Lock:
                 os.ftruncate(self._fd, 0)
             os.close(self._fd)
             self._fd = -1
-
-
-# What a run leaves in its state directory, by how the names begin.
-_OWN_NAMES = ("journal-", _STATUS, "spool", "stdin", "rows", "aside")
 
 
 def _remove(path: Path) -> None:
@@ -1174,7 +1174,9 @@ def holder(state: Path) -> Holder | None:
 def _try_lock(state: Path) -> int | None:
     """The lock file, open and locked; None when another run holds it."""
     for _ in range(_ATTEMPTS):
-        _make_private(state)
+        if _make_private(state):
+            with contextlib.suppress(OSError):
+                _write_private(state / _MADE, b"")
         try:
             fd = os.open(state / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:

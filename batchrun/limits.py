@@ -113,12 +113,20 @@ NOISE = 1.03
 # that came back stays unused. The interval grows while probes find nothing.
 MIN_HOLD_S = 2.0
 HOLD_LATENCIES = 8.0
-MAX_HOLD_S = 30.0
+MAX_HOLD_S = 20.0
+SURGE = 1.1
 # Halving empties the slots of a server whose queue is short; at 0.9 a capacity that halved takes
 # seven bursts of refusals to find.
 CUT = 0.7
-# A cut window that lost this much throughput without losing refusals is undone.
+# A cut that lost this much throughput went below capacity, where nobody has a reason to refuse. If
+# refusals go on all the same they are not about the window: heeding them ends at a window of 1.
 CUT_COST = 0.85
+# For how long refusals are then not heard; doubled each time, as every test costs a cut.
+MIN_TOLERANCE_S = 2.0
+MAX_TOLERANCE_S = 120.0
+# More refusals than this, and than answers, since the last change need no further judgement; fewer
+# can be chance.
+MIN_FLOOD = 8
 # Unless the window was full for half of a round, its throughput says something about the input.
 IN_USE = 0.5
 # A timeout this close to the usual latency is the server's queue; far beyond it is the row's own.
@@ -202,7 +210,7 @@ class Limits:
         flights[id(request)] = (now, window.delivered)
         model.admitted += 1
         self._is_paced = False
-        if len(flights) >= window.size:
+        if len(flights) + len(self._places.held) >= window.size:
             window.filled_at = now
         if self._breaker.is_open:
             self._breaker.probing(id(request))
@@ -212,7 +220,7 @@ class Limits:
     def done(self, request: Request, attempt: Attempt, decision: Decision, now: float) -> None:
         """Take the attempt's place back and learn from what it brought."""
         window, flights = self._window, self._flights
-        if len(flights) >= window.size:
+        if len(flights) + len(self._places.held) >= window.size:
             window.full_s += now - window.filled_at
             window.filled_at = now
         admitted_at, delivered = flights.pop(id(request))
@@ -231,7 +239,7 @@ class Limits:
     def withdrawn(self, request: Request, now: float) -> None:
         """Take back the place of a request cancelled in flight; its tokens count as spent."""
         window = self._window
-        if len(self._flights) >= window.size:
+        if len(self._flights) + len(self._places.held) >= window.size:
             window.full_s += now - window.filled_at
             window.filled_at = now
         del self._flights[id(request)]
@@ -586,6 +594,8 @@ class _Window:
         self._ceiling: int | None = None  # the size last refused, until growth passes it
         self._hold_s = MIN_HOLD_S
         self._probe_at = 0.0
+        self._judged = _Level(self.size, 0.0)
+        self._tolerance_s = MIN_TOLERANCE_S
         self._tolerant_until = -NEVER
         self._resized_at = -NEVER
         self._begin_round(0.0, self._growth_round())
@@ -608,15 +618,19 @@ class _Window:
 
     def overloaded(self, admitted_at: float, code: str, now: float) -> None:
         """Hear that the endpoint has too much on its hands: one cut per burst."""
+        if self._is_fixed or admitted_at <= self._resized_at:
+            return
         self._refusals += 1
-        if self._is_fixed or admitted_at <= self._resized_at or now < self._tolerant_until:
+        # A cut is judged before the next one, unless it plainly was not enough.
+        waits = self._phase == "cut" or now < self._tolerant_until
+        if waits and self._refusals <= max(MIN_FLOOD, self.delivered - self._delivered_before):
             return
         why = f"refused ({code})" if code else "overloaded"
         self._ceiling = self.size
         if self._phase == "probe" and self._before is not None:
             self._back_off(self._before.size, f"the probe was {why}", now)
             return
-        self._before = self._level()
+        self._before = self._level() if self._samples >= MIN_ROUND else self._judged
         self._phase = "cut"
         self._resize(max(1, int(self.size * CUT)), why, now)
         self._begin_round(now, self._growth_round())
@@ -653,6 +667,7 @@ class _Window:
         self._arrivals = 0
         self._flight_s = 0.0
         self._refusals = 0
+        self._delivered_before = self.delivered
         self._full_before_s = self.full_s
 
     def _growth_round(self) -> int:
@@ -662,12 +677,10 @@ class _Window:
         return max(MIN_ROUND, min(MIN_CAREFUL_ROUND, 8 * self.size), 2 * self.size)
 
     def _level(self) -> _Level:
-        rate = self._arrivals / self._flight_s if self._flight_s > 0 else 0.0
-        refused = self._refusals / max(1, self._refusals + self._samples)
-        return _Level(self.size, rate, refused)
+        return _Level(self.size, self._arrivals / max(self._flight_s, 1e-9))
 
     def _judge(self, now: float) -> None:
-        level = self._level()
+        level = self._judged = self._level()
         self.latency_s = self._flight_s / self._samples
         in_use_s = self.full_s - self._full_before_s
         if self._is_fixed or in_use_s < IN_USE * (now - self._round_at):
@@ -691,10 +704,13 @@ class _Window:
         self._hold(now)
 
     def _judge_hold(self, level: _Level, now: float) -> None:
-        if now < self._probe_at or self.size >= self._cap:
-            self._begin_round(now, self._careful_round(), settled=True)
-        else:
+        before, self._before = self._before, level
+        # A rate that rises by itself is capacity coming back.
+        is_time = now >= self._probe_at or (before is not None and level.rate > SURGE * before.rate)
+        if is_time and self.size < self._cap:
             self._probe(level, "probing", now)
+        else:
+            self._begin_round(now, self._careful_round(), settled=True)
 
     def _judge_probe(self, level: _Level, now: float) -> None:
         before = self._before
@@ -716,11 +732,14 @@ class _Window:
     def _judge_cut(self, level: _Level, now: float) -> None:
         before = self._before
         assert before is not None
-        if level.rate < CUT_COST * before.rate and level.refused > before.refused / 2:
-            self._resize(before.size, "fewer in flight, and as many refused", now)
+        if level.rate < CUT_COST * before.rate and self._refusals:
+            self._tolerance_s = min(MAX_TOLERANCE_S, 2 * self._tolerance_s)
+            self._resize(before.size, "fewer in flight are refused all the same", now)
             self._tolerate(now)
             self._hold(now, pause_s=0.0)
-        elif level.rate < before.rate / NOISE and self._ceiling is not None:
+            return
+        self._tolerance_s = MIN_TOLERANCE_S
+        if level.rate < before.rate / NOISE and self._ceiling is not None:
             # The cut went below capacity, which is thus known to lie between the two.
             self._probe(level, "the cut cost throughput", now)
         else:
@@ -757,12 +776,13 @@ class _Window:
 
     def _hold(self, now: float, pause_s: float | None = None) -> None:
         self._phase = "hold"
+        self._before = None
         self._probe_at = now + (self._pause_s() if pause_s is None else pause_s)
         self._begin_round(now, self._careful_round())
 
     def _tolerate(self, now: float) -> None:
         self._ceiling = None
-        self._tolerant_until = now + 2 * self._pause_s()
+        self._tolerant_until = now + max(self._tolerance_s, HOLD_LATENCIES * self.latency_s)
 
     def _pause_s(self) -> float:
         return max(self._hold_s, min(MAX_HOLD_S, HOLD_LATENCIES * self.latency_s))
@@ -779,7 +799,6 @@ class _Level(NamedTuple):
 
     size: int
     rate: float  # answers a second
-    refused: float  # share of attempts
 
 
 class _Places:

@@ -6,11 +6,13 @@ the body and how often that body came before, so a run can be repeated. ``respon
 script any single reply, down to its bytes.
 
 The **ledger** is the other side's word on what a client claims. For every request it says what was
-billed and whether the whole answer was *delivered*: the kernel took every byte and the client did
-not vanish. A write that succeeded proves neither, so a delivery stays open to doubt until the same
-connection carries another request or ends: a reset takes it back. Therefore, once client and
-server are quiet, the usage a client recorded must equal ``ledger.delivered``, and each further
-answer in ``ledger.billed`` must be an attempt the client counts as in doubt.
+billed and whether the whole answer was *delivered*: every byte written, and read by the client. A
+write that succeeded does not prove it, so a delivery stays open to doubt until the same connection
+carries another request or ends: a reset means that something was left unread and takes it back.
+(Only where the server closes first, by a fault or because it was asked to, is writing all there is
+to go by.) Therefore, once client and server are quiet, the usage a client recorded must equal
+``ledger.delivered``, and each further answer in ``ledger.billed`` must be an attempt the client
+counts as in doubt.
 
 Replies are written to the transport as bytes made here, not as ``web.Response``: a hostile reply
 (a wrong Content-Length, a cut chunk, a reset) cannot be said in aiohttp's terms, one path for all
@@ -32,7 +34,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from email.utils import formatdate
 from functools import cache
@@ -595,7 +597,10 @@ def _dropped(ending: Ending) -> _Fault:
 
 
 def _delivered_then(ending: Ending) -> _Fault:
-    """A whole answer on a connection that ends unannounced: the next user finds it stale."""
+    """A whole answer on a connection that ends unannounced: its next request finds it stale.
+
+    For answers the socket's buffers hold; a reset discards what the kernel has not sent yet.
+    """
     return lambda _r, answer, _k: replace(answer, ending=ending)
 
 
@@ -667,12 +672,18 @@ def _endless(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
 
 @cache
 def _bomb() -> bytes:
-    """300 MB of JSON that never closes, in 292 KB of gzip."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    block = b" " * 2**20
-    return b"".join(
-        [packer.compress(b'{"id":"'), *(packer.compress(block) for _ in range(300)), packer.flush()]
-    )
+    """300 MB of JSON that never closes, in 306 KB of valid gzip."""
+    opening, block, blocks = b'{"id":"', b" " * 2**20, 300
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    # After a full flush equal blocks pack to equal bytes: one is enough.
+    packed_opening = packer.compress(opening) + packer.flush(zlib.Z_FULL_FLUSH)
+    packed_block = packer.compress(block) + packer.flush(zlib.Z_FULL_FLUSH)
+    checksum = zlib.crc32(opening)
+    for _ in range(blocks):
+        checksum = zlib.crc32(block, checksum)
+    head = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+    tail = struct.pack("<II", checksum, len(opening) + blocks * len(block))
+    return head + packed_opening + packed_block * blocks + packer.flush() + tail
 
 
 def _gzip_bomb(_r: MockRequest, answer: MockReply, _k: Knobs) -> MockReply:
@@ -925,13 +936,8 @@ class _Wire:
     def __init__(self, request: web.BaseRequest) -> None:
         self._request = request
 
-    @property
-    def is_up(self) -> bool:
-        transport = self._request.transport
-        return transport is not None and not transport.is_closing() and not _has_error(transport)
-
     async def write(self, data: bytes) -> None:
-        """Give the kernel every byte. ``ConnectionError`` when the client is gone."""
+        """``ConnectionError`` when the client is known to be gone."""
         transport = self._request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client vanished")
@@ -964,8 +970,8 @@ class _Wire:
 
 
 def _has_error(transport: asyncio.Transport) -> bool:
-    # A client that closed before our bytes came answers them with a reset. On loopback it is here
-    # by the time write() returns, before the event loop has seen anything.
+    # A client that closed before our bytes came answers them with a reset, but the event loop sees
+    # the close first and reports a clean end: only the socket knows.
     sock = transport.get_extra_info("socket")
     return bool(sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
@@ -1021,11 +1027,6 @@ class _Connections(web.Server):
         return web.BaseRequest(
             message, payload, protocol, writer, task, self._loop, client_max_size=0
         )
-
-    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        # drain() must mean that the kernel has it all.
-        transport.set_write_buffer_limits(high=0)
 
     def request_read(self, connection: web.RequestHandler) -> None:
         """A client asks again on a connection only after it has read the answer before."""
@@ -1124,37 +1125,31 @@ class MockServer:
             await wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         asked = self._asked(request, await request.read())
         entry = self._enter(asked)
-        delivered = goes_on = False
+        delivered = goes_on = has_slot = False
         try:
-            if self._slots is None:
-                reply = self._reply(asked)
-                delivered = await self._answer(wire, asked, entry, reply)
-            elif self._slots.locked() and self._queued >= _or_any(self.knobs.queue):
-                reply = self._overloaded()
-                delivered = await self._answer(wire, asked, entry, reply)
-            else:
-                async with self._place():
-                    reply = self._reply(asked)
-                    delivered = await self._answer(wire, asked, entry, reply)
+            has_slot = await self._slot()
+            reply = self._reply(asked) if has_slot else self._overloaded()
+            delivered = await self._answer(wire, asked, entry, reply)
             goes_on = request.keep_alive and _goes_on(reply)
         finally:
+            if has_slot and self._slots is not None:
+                self._slots.release()
             self.ledger.end(entry, delivered=delivered)
             self._connections.answered(connection, entry)
         return _KEEP if goes_on else _CLOSE
 
-    @contextlib.asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
-        """A slot, after waiting in the queue for it."""
-        assert self._slots is not None
+    async def _slot(self) -> bool:
+        """Wait for a slot in the queue; False when that is full."""
+        if self._slots is None:
+            return True
+        queue = self.knobs.queue
+        if queue is not None and self._queued >= queue and self._slots.locked():
+            return False
         self._queued += 1
         try:
-            await self._slots.acquire()
+            return await self._slots.acquire()
         finally:
             self._queued -= 1
-        try:
-            yield
-        finally:
-            self._slots.release()
 
     def _asked(self, request: web.BaseRequest, body: bytes) -> MockRequest:
         digest = hashlib.blake2b(body, digest_size=8).digest()
@@ -1195,7 +1190,7 @@ class MockServer:
     async def _answer(
         self, wire: _Wire, asked: MockRequest, entry: Entry, reply: MockReply
     ) -> bool:
-        """Bill, wait and write; True when the client took a whole answer."""
+        """Bill, wait and write; True when a whole answer was written."""
         entry.fault = reply.fault
         # Billed before it is sent, like the real thing: a client that leaves pays all the same.
         if reply.billed is not None:
@@ -1207,12 +1202,10 @@ class MockServer:
             await wire.send(reply, f"mock-{asked.n}")
         except ConnectionError:
             return False
-        # Checked before an ending of our own making.
-        delivered = reply.whole and wire.is_up
         if reply.ending == "hang":
             await asyncio.Event().wait()
         wire.end(reply.ending)
-        return delivered
+        return reply.whole
 
     def _reply(self, asked: MockRequest) -> MockReply:
         if self._respond is not None and (scripted := self._respond(asked)) is not None:
@@ -1293,10 +1286,6 @@ class MockServer:
 
 
 _NOTHING_ASKED = MockRequest(0, 1, "POST", "", {}, b"", b"", None)
-
-
-def _or_any(queue: int | None) -> float:
-    return math.inf if queue is None else queue
 
 
 def _goes_on(reply: MockReply) -> bool:

@@ -124,8 +124,7 @@ def make_plan(
     types = ColumnTypes(config.carry)
     plan = Plan(sources, array("I"), Counts(), types.carried())
     journal.begin_pass()
-    for source, batch in batches(sources, config.limit, check_stop):
-        types.observe(source.file, batch)
+    for source, batch in batches(sources, config.limit, check_stop, observe=types.observe):
         for row in batch.rows:
             plan.slots.append(_claim(plan, source, row, journal, config))
     plan.carried = types.carried()
@@ -333,12 +332,16 @@ def batches(
     *,
     columns: Callable[[Source], Collection[str] | None] = needed,
     carried: Carried | None = None,
+    observe: Callable[[InputFile, Batch], None] | None = None,
 ) -> Iterator[tuple[Source, Batch]]:
     """Every source's batches up to ``limit`` rows in all."""
     left = limit
     for source in sources:
         for batch in inputs.read(source.file, columns=columns(source), carry=carried):
             check_stop()
+            # Whole, for publishing converts whole batches too, whatever the limit.
+            if observe is not None:
+                observe(source.file, batch)
             if left is not None:
                 batch = _first(batch, left)
                 left -= len(batch)

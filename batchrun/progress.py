@@ -105,7 +105,7 @@ class Progress:
         self._speed = Speed()
         self._speed.sample(self._started_s, done, 0)
         if self.is_tty and not self._quiet and total:
-            self._writer.ask(_OpenBar(total, done))
+            self._writer.ask(_OpenBar(total, done, self._width))
 
     def update(self, snapshot: Snapshot) -> None:
         """Show where the run stands; cheap enough for five times a second."""
@@ -248,6 +248,7 @@ class _Lines(NamedTuple):
 class _OpenBar(NamedTuple):
     total: int
     done: int
+    width: int
 
 
 class _CloseBar(NamedTuple):
@@ -351,7 +352,7 @@ class _Writer:
     def _open_bar(self, bar: _OpenBar) -> None:
         assert self._stream is not None
         self._close_bar()
-        self._bar = _new_bar(self._stream, bar.total, bar.done)
+        self._bar = _new_bar(self._stream, bar)
 
     def _move_bar(self, position: tuple[int, str] | None) -> None:
         if position is not None and self._bar is not None:
@@ -364,7 +365,7 @@ class _Writer:
         self._bar = None
 
 
-def _new_bar(stream: TextIO, total: int, done: int) -> tqdm[NoReturn]:
+def _new_bar(stream: TextIO, bar: _OpenBar) -> tqdm[NoReturn]:
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
@@ -373,10 +374,13 @@ def _new_bar(stream: TextIO, total: int, done: int) -> tqdm[NoReturn]:
         _lock = threading.RLock()
 
     return Bar(
-        total=total,
-        initial=done,
+        total=bar.total,
+        initial=bar.done,
         file=stream,
-        desc=f"{done:,}/{total:,}",
+        # A terminal that does not know its size says 0 by 0, and tqdm would then draw nothing.
+        ncols=bar.width,
+        nrows=24,
+        desc=f"{bar.done:,}/{bar.total:,}",
         ascii=" #",
         bar_format="{percentage:3.0f}% |{bar:10}| {desc}",
         mininterval=0,

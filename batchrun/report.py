@@ -279,7 +279,8 @@ def final_lines(summary: RunSummary) -> list[str]:
     rows, run = summary.rows, summary.this_run
     code = f"exit code {summary.exit_code}"
     if summary.exit_code not in (errors.EXIT_OK, errors.EXIT_ROWS_FAILED):
-        return [f"stopped {summary.reason or ''}".rstrip(), f"{_progress_words(rows)}, {code}"]
+        reason = " ".join((summary.reason or "").split()).removeprefix("stopped ")
+        return [f"stopped {reason}".rstrip(), f"{_progress_words(rows)}, {code}"]
     done = f"done {run.rows_sent if run else 0:,} sent, {rows.error:,} failed"
     spent = _spent(run.tokens) if run else 0
     if spent:
@@ -393,14 +394,14 @@ def _pace(summary: RunSummary, config: RunConfig | None) -> list[str]:
 def _output_words(summary: RunSummary, facts: FinalFacts) -> str:
     name = _output_name(summary.output)
     details = []
-    if summary.rows.error:
+    if not summary.published:
+        details.append("unchanged")
+    elif summary.rows.error:
         details.append('failed rows have status "error"')
     elif facts.output_bytes is not None:
         details.append(size(facts.output_bytes))
     if summary.synthetic:
         details.append("synthetic answers")
-    if not summary.published:
-        details.append("unchanged")
     kept = f"; the old one is {summary.backup}" if summary.backup else ""
     return name + (f" ({', '.join(details)})" if details else "") + kept
 

@@ -70,6 +70,8 @@ SPARE_FILES = 64
 GC_THRESHOLD = 200_000
 IMPORT_ROWS = 1_000
 OFFER_S = 5.0
+# timeout(1) and some shells signal the process and then its whole group: that is one wish.
+ECHO_S = 0.3
 SHOWN_MODELS = 5
 SHOWN_SETTING = 40
 
@@ -379,7 +381,14 @@ class _Run:
             self.lock.remove_state()
             self.summary.state_dir = None
         self.summary.published = True
+        self.summary.prompt_column = self._shown_prompt()
         return self._told(footer, reused=self.plan.counts.held_ok + self.plan.counts.held_failed)
+
+    def _shown_prompt(self) -> str | None:
+        """The output's column that holds the prompts, if it has one."""
+        column = self.sources[0].layout.prompt_column
+        name = dict(self.plan.carried.renamed).get(column or "", column)
+        return name if name in self.plan.carried.schema.names else None
 
     def _nothing_left(self, footer: Footer) -> RunSummary:
         self.lock.remove_state()
@@ -693,13 +702,15 @@ def _tuned_process(config: RunConfig) -> Iterator[None]:
 def _signals(stop: Stop) -> Iterator[None]:
     """First SIGINT, SIGTERM or SIGHUP: drain. Second: out at once, the journal is valid anyway."""
     loop = asyncio.get_running_loop()
-    seen: list[int] = []
+    first_s: float | None = None
 
     def on_signal(signum: int) -> None:
-        if seen:
+        nonlocal first_s
+        if first_s is None:
+            first_s = time.monotonic()
+            stop.now(Interrupted(signum))
+        elif time.monotonic() - first_s > ECHO_S:
             os._exit(128 + signum)
-        seen.append(signum)
-        stop.now(Interrupted(signum))
 
     # A signal ignored at the start (nohup, background jobs) stays ignored.
     caught = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import cast
 
 import msgspec
 from msgspec import Struct
@@ -30,7 +31,7 @@ class Saved(Struct, frozen=True, kw_only=True):
     model: str | None = None
     model_replaces: bool = False
     system: str | None = None
-    params: dict[str, JSONValue] = {}
+    params: dict[str, object] = {}
     params_replacing: list[str] = []
     shape: Shape | None = None
     prompt_column: str | None = None
@@ -94,7 +95,8 @@ def restored(saved: Saved) -> RunConfig:
         model=saved.model,
         model_replaces=saved.model_replaces,
         system=saved.system,
-        params=saved.params,
+        # What this module wrote as JSON is JSON.
+        params=cast(dict[str, JSONValue], saved.params),
         params_replacing=frozenset(saved.params_replacing),
         shape=saved.shape,
         prompt_column=saved.prompt_column,

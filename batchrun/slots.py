@@ -169,6 +169,7 @@ class SlotTable:
             return self._find_repeat(low, high, occurrence)
         index, mask, lows = self._index, self._mask, self._low
         place = low & mask
+        slot: int
         while (slot := index[place]) != _EMPTY:
             if lows[slot] == low and self._high[slot] == high:
                 return slot

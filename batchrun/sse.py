@@ -280,7 +280,7 @@ class _Members:
         self.values: dict[str, msgspec.Raw] = {}
 
     def set_first(self, name: str, value: JSONValue) -> None:
-        if value not in (None, "", 0) and name not in self.values:
+        if name not in self.values and value not in (None, "", 0):
             self.set_last(name, value)
 
     def set_last(self, name: str, value: JSONValue) -> None:

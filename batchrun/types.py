@@ -284,3 +284,4 @@ class RunSummary(Struct, kw_only=True):
     wall_s: float = 0.0
     notes: list[str] = []
     next_steps: list[str] = []
+    prompt_column: str | None = None  # under the name it has in the output

@@ -40,8 +40,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
         rows = repeats = bad = 0
         bad_rows: list[BadRowFacts] = []
         bodies: list[str] = []
-        for source, batch in plan.batches(sources, config.limit):
-            types.observe(source.file, batch)
+        for source, batch in plan.batches(sources, config.limit, observe=types.observe):
             for line, row in zip(batch.lines, batch.rows, strict=True):
                 rows += 1
                 source.rows += 1

@@ -32,6 +32,7 @@ from batchrun.cli import (
     parse_headers,
     parse_param,
     read_config_file,
+    run_command,
     unknown_variables,
 )
 from batchrun.config import RunConfig
@@ -454,7 +455,7 @@ def test_unknown_variables_are_named_with_the_nearest_known_one() -> None:
     ]
 
 
-def test_layers_win_in_their_order(tmp_path: Path) -> None:
+def test_layers_win_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Command line over environment over config file, as Click is asked to read them."""
     path = _file(tmp_path, 'rpm = 1\ntpm = 1\nmax-wait = 1\nmodel = "file"')
     read: dict[str, object] = {}
@@ -465,17 +466,9 @@ def test_layers_win_in_their_order(tmp_path: Path) -> None:
     )
     group = click.Group("batchrun", commands={"submit": command})
     args = ["submit", "a.jsonl", "--config", path, "--rpm", "3"]
-    environ = {"BATCHRUN_RPM": "2", "BATCHRUN_TPM": "2", "BATCHRUN_HEADER": "A: b c\nD: e"}
-    before = {name: os.environ.get(name) for name in environ}
-    os.environ.update(environ)
-    try:
-        group.main(args, standalone_mode=False)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    for name, value in {"RPM": "2", "TPM": "2", "HEADER": "A: b c\nD: e"}.items():
+        monkeypatch.setenv(f"BATCHRUN_{name}", value)
+    group.main(args, standalone_mode=False)
     assert (read["rpm"], read["tpm"], read["max_wait"], read["max_retries"]) == (3.0, 2.0, 1.0, 5)
     assert read["model"] == "file"
     assert read["header"] == ("A: b c", "D: e")
@@ -507,14 +500,22 @@ def test_layers_win_in_their_order(tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_what_cannot_work_is_exit_2_and_one_clear_line(
-    tmp_path: Path, args: tuple[str, ...], says: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: tuple[str, ...],
+    says: str,
 ) -> None:
-    done = _batchrun(*args, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("batchrun: ")
-    assert says in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    monkeypatch.chdir(tmp_path)
+    for name in filter(_is_ours, list(os.environ)):
+        monkeypatch.delenv(name)
+    code = run_command(list(args))
+    stdout, stderr = capsys.readouterr()
+    assert code == 2, stderr
+    assert stderr.startswith("batchrun: ")
+    assert says in " ".join(stderr.split())
+    assert "Traceback" not in stderr
+    assert stdout == ""
 
 
 def test_json_is_printed_also_when_nothing_began(tmp_path: Path) -> None:
@@ -550,7 +551,7 @@ def broken():
     options = cli.Options(header=(f"X-Token: {os.environ['TOKEN']}",), api_key_env="MINE")
     given = cli.Given(environ=os.environ)
     with cli._without_secrets(given, options):
-        raise ValueError(f"{os.environ['TOKEN']} {os.environ['MINE']} {os.environ['OPENAI_API_KEY']}")
+        raise ValueError([os.environ[name] for name in ("TOKEN", "MINE", "OPENAI_API_KEY")])
 raise SystemExit(cli.run_command(["broken"]))
 """
     secrets = {"TOKEN": f"{KEY}-1", "MINE": f"{KEY}-2", "OPENAI_API_KEY": f"{KEY}-3"}

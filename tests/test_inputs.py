@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import sys
 from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
@@ -141,6 +142,22 @@ def test_directories_are_read_sorted_and_say_what_they_skip(tmp_path: Path) -> N
 
     globbed = resolve([str(tmp_path / "**")], output=tmp_path / "out.jsonl")
     assert [f.path.name for f in globbed.files] == ["z.parquet", "b.jsonl"]
+
+
+def test_a_linked_directory_is_not_followed(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", [{}])
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found = resolve([str(tmp_path)])
+    assert len(found.files) == 1
+    assert found.skipped == [f"{tmp_path / 'loop'} (a linked directory)"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there, file names are UTF-8")
+def test_a_file_name_that_utf8_cannot_hold_can_still_be_shown(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"))
+    file = opened(jsonl(path, [{"prompt": "x"}]))
+    assert file.name.encode().endswith("/\ufffd.jsonl".encode())
+    assert [batch.rows for batch in read(file)] == [[{"prompt": "x"}]]
 
 
 def test_an_output_given_by_name_is_read(tmp_path: Path) -> None:
@@ -678,6 +695,12 @@ def test_lines_and_tables_share_columns(tmp_path: Path) -> None:
     assert [str(t) for t in table.schema.types] == ["int64", "double", "string"]
 
 
+def test_a_number_that_a_double_would_round_is_text_over_all_files(tmp_path: Path) -> None:
+    a = jsonl(tmp_path / "a.jsonl", [{"id": 2**60 + 1}])
+    b = parquet(tmp_path / "b.parquet", {"id": [0.5]})
+    assert carried(a, b)[1]["id"].to_pylist() == [str(2**60 + 1), "0.5"]
+
+
 # --- the law -----------------------------------------------------------------------------------
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -712,7 +735,8 @@ def test_every_line_gets_one_verdict_and_its_values_round_trip(
     tmp_path: Path, lines: list[tuple[bytes, Any]], end: bytes, last: bool
 ) -> None:
     content = end.join(line for line, _ in lines) + (end if last else b"")
-    assume(not content.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")))  # refused as a file
+    # What is plainly no text is refused as a file.
+    assume(not content.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff", b"PAR1", b"(\xb5/\xfd")))
     path = jsonl(tmp_path / "a.jsonl", content)
     expected = [
         (number, row)

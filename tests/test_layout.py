@@ -26,9 +26,10 @@ PACKAGE = ROOT / "batchrun"
 LAYERS = (
     {"errors", "types", "config", "providers"},  # vocabulary
     {"prompts", "answers", "retry", "limits", "sse", "accounting", "pool", "slots"},  # pure logic
-    {"inputs", "outputs", "journal", "endpoint", "mock_server", "progress", "report"},  # I/O edges
-    {"delivery"},  # the send pass
+    {"inputs", "outputs", "journal", "endpoint", "mock_server", "progress", "report", "saved"},
+    {"plan", "delivery"},  # the passes of a run, each over several edges
     {"run"},  # the composition
+    {"views"},  # what looks at runs without sending
     {"cli", "__init__"},
     {"__main__"},
 )
@@ -48,6 +49,7 @@ LIBRARY_ROOMS = {
 }
 # Not dependencies of ours: they come with aiohttp, whose interface speaks in them.
 COMPANIONS = {"yarl": "aiohttp", "multidict": "aiohttp"}
+NOT_LIBRARIES = sys.stdlib_module_names | {"batchrun", "_typeshed"}  # the last for type checkers
 
 TOP_LEVEL = {
     *("batchrun", "tests", "sample_inputs", "pyproject.toml", "README.md"),

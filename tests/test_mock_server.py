@@ -272,7 +272,7 @@ async def test_refusals_name_their_wait_in_every_form(kind: str, header: str) ->
 async def test_faults_that_bring_no_whole_body(kind: str, stream: bool) -> None:
     async with MockServer(Knobs(faults={kind: 1})) as server:
         with pytest.raises(NO_ANSWER):
-            await post(server, chat(stream=stream), timeout_s=0.3)
+            await post(server, chat(stream=stream), timeout_s=0.5)
         await settled(server)
         assert (server.ledger.billed_answers, server.ledger.delivered_answers) == (1, 0)
 

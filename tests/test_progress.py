@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
 import re
 import threading
 from datetime import datetime, timedelta, timezone
@@ -125,6 +127,17 @@ def test_a_terminal_gets_a_bar_and_notes_above_it() -> None:
     assert re.search(r"\r 63% \|######    \| 1,260/2,000 \[0:10<0:28\] 26\.0 rows/s", text)
     assert text.endswith("\ndone      2,000\n")
     assert STAMP not in text
+
+
+def test_a_terminal_that_does_not_know_its_size_gets_a_bar() -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as reading, os.fdopen(theirs, "w") as stream:
+        talk = Progress(stream=stream, clock=Clock())
+        talk.begin(100, 50)
+        talk.end()
+        talk.close()
+        assert talk.is_tty
+        assert " 50% |#####     | 50/100" in reading.read(4_096).decode()
 
 
 def test_off_a_terminal_everything_has_its_time() -> None:

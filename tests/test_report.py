@@ -291,6 +291,15 @@ def test_a_log_ends_with_counts_and_the_exit_code() -> None:
     ]
 
 
+def test_a_log_of_an_early_end_says_why() -> None:
+    rows = RowCounts(total=9, ok=4, pending=5)
+    summary = RunSummary(exit_code=143, reason="stopped by SIGTERM", rows=rows)
+    assert report.final_lines(summary) == [
+        "stopped by SIGTERM",
+        "4 answered, 5 waiting, exit code 143",
+    ]
+
+
 def test_the_way_to_look_can_be_pasted_whatever_the_names() -> None:
     summary = replace(DONE, output="it's $x.parquet")
     block = report.final_block(summary, CONFIG, FinalFacts(prompt_column="the prompt"))

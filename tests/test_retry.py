@@ -6,11 +6,12 @@ import json
 import math
 import random
 import string
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun import answers
@@ -30,6 +31,8 @@ from batchrun.retry import (
 )
 from batchrun.types import Attempt, Decision, DecisionKind, ErrorBody, Failure, Reply, Request
 
+# How long an example takes says how busy the machine is, nothing else.
+unhurried = settings(deadline=None)
 NOW_MS = 1_763_726_400_000  # 2025-11-21T12:00:00Z
 MODEL = "Mistral-chat"
 HTML = {"content-type": "text/html; charset=UTF-8"}
@@ -241,6 +244,13 @@ LATE_ERRORS = [
         says(200, {"error": {"code": 400, "message": "bad value"}}),
         "rejected",
         in_doubt=False,
+    ),
+    case(
+        "an error after a whole answer",
+        says(200, {**completion(), "error": {"code": 502, "message": "gone"}}),
+        "transient",
+        code="502",
+        in_doubt=True,
     ),
     case(
         "vLLM 500 inside a stream",
@@ -1295,6 +1305,7 @@ def test_the_wait_an_endpoint_names(
     assert found == (None if wait_s is None else pytest.approx(wait_s))
 
 
+@unhurried
 @given(
     st.dictionaries(
         st.sampled_from(["retry-after", "retry-after-ms", "x-ratelimit-reset"]),
@@ -1305,6 +1316,19 @@ def test_the_wait_an_endpoint_names(
 def test_a_named_wait_is_positive_and_finite(headers: dict[str, str], message: str) -> None:
     wait_s = retry_after(headers, Reply(True, error=ErrorBody(message=message)), NOW_MS)
     assert wait_s is None or (wait_s > 0 and math.isfinite(wait_s))
+
+
+@pytest.mark.parametrize("header", ["retry-after", "x-ratelimit-reset-tokens"])
+@pytest.mark.parametrize("text", ["Fri Nov 21 12:00:30 2025", "2025-11-21T12:00:30"])
+def test_a_date_without_a_zone_is_utc_wherever_we_are(
+    header: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as there:
+        there.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        wait_s = retry_after({header: text}, None, NOW_MS)
+    time.tzset()
+    assert wait_s == pytest.approx(30.0)
 
 
 # --- laws of classify ----------------------------------------------------------------------------
@@ -1357,6 +1381,7 @@ ATTEMPTS = st.builds(
 REQUESTS = st.builds(request, model=TEXTS, model_from_row=st.booleans())
 
 
+@unhurried
 @given(ATTEMPTS, REQUESTS)
 def test_classification_never_raises_and_always_explains_itself(
     attempt: Attempt, of: Request
@@ -1378,6 +1403,7 @@ def test_classification_never_raises_and_always_explains_itself(
         assert not decision.in_doubt
 
 
+@unhurried
 @given(ATTEMPTS, REQUESTS)
 def test_what_never_reached_the_endpoint_is_no_rows_fault(attempt: Attempt, of: Request) -> None:
     decision = classify(attempt, of)
@@ -1386,6 +1412,7 @@ def test_what_never_reached_the_endpoint_is_no_rows_fault(attempt: Attempt, of: 
         assert (decision.kind, decision.in_doubt, decision.alike) == ("transient", False, "")
 
 
+@unhurried
 @given(st.binary(max_size=200), st.sampled_from([200, 400, 403, 404, 422, 429, 500, 503]))
 def test_any_bytes_get_a_verdict(body: bytes, status: int) -> None:
     assert classify(says(status, body), request()).kind
@@ -1508,6 +1535,7 @@ PASSING_DECISIONS = st.builds(
 )
 
 
+@unhurried
 @given(
     st.integers(0, 6),
     st.integers(0, 4),

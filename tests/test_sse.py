@@ -78,7 +78,7 @@ RICH = (
     + b"event: message\nid: 9\nretry: 3\n"
     + chunk({"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]})
     + chunk({}, "tool_calls").replace(b"data: ", b"data:")
-    + event({"choices": [], "usage": {"prompt_tokens": 1}})
+    + b'data: {"choices": [],\r\ndata: "usage": {"prompt_tokens": 1}}\r\n\r\n'
     + b"data: [DONE]"
 )
 

@@ -77,7 +77,7 @@ def _sample(arena: Arena, profile: Profile, contender: Contender) -> Sample:
 def report(profile: Profile, samples: Samples) -> str:
     """The table and the lines under it."""
     count = max(map(len, samples.values()))
-    title = f"**{profile.name}**: {profile.title}; {profile.rows:,} rows, {count} rounds"
+    title = f"**{profile.name}**: {profile.title}; {profile.rows:,} rows, rounds: {count}"
     notes = (*_ratios(samples), *_recoveries(profile, samples), *_problems(samples))
     return "\n\n".join((title, _summary(samples), *notes))
 

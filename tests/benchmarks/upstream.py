@@ -168,7 +168,7 @@ def running(cpu: int | None, *, stand_in: bool) -> Iterator[Upstream]:
         port = _free_port()
         command = _stand_in(port) if stand_in else _nginx(Path(prefix), port)
         with open(Path(prefix) / "stderr", "w+") as stderr, pinned(cpu):
-            process = subprocess.Popen(command, stderr=stderr)
+            process = subprocess.Popen(command, stderr=stderr, env=_environ())
         try:
             upstream = Upstream(port, stand_in=stand_in)
             _await_start(upstream, process, Path(prefix))
@@ -219,6 +219,11 @@ def _nginx(prefix: Path, port: int) -> list[str]:
         )
     )
     return [_binary(), "-p", str(prefix), "-c", "nginx.conf", "-e", "error.log"]
+
+
+def _environ() -> dict[str, str]:
+    # The stand-in imports batchrun from this checkout.
+    return {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
 
 
 def _stand_in(port: int) -> list[str]:
