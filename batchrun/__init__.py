@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         StoppedEarly,
         UsageError,
     )
-    from batchrun.run import run
+    from batchrun.runner import run
     from batchrun.types import Result, RunSummary, Usage
 
 __all__ = [
@@ -59,7 +59,7 @@ __all__ = [
 _HOMES = {
     "complete": "api",
     "submit": "api",
-    "run": "run",
+    "run": "runner",
     "RunConfig": "config",
     "Allowance": "config",
     "Result": "types",

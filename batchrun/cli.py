@@ -38,8 +38,9 @@ from batchrun.config import (
     IfLocked,
     InputFormat,
     JSONValue,
-    OutputFormat,
     RunConfig,
+    default_output,
+    output_format,
 )
 from batchrun.errors import (
     EXIT_BUG,
@@ -201,31 +202,6 @@ def _settled_output(options: Options) -> str:
     ):
         raise UsageError(f"-o {options.output}: that is the input")
     return options.output
-
-
-def default_output(inputs: Sequence[str], *, mock: bool) -> str:
-    """``data/a.jsonl.gz`` -> ``data/a.results.parquet``, with mock ``data/a.mock.parquet``."""
-    if len(inputs) != 1 or inputs[0] == STDIN:
-        what = "an input from stdin needs" if len(inputs) == 1 else "several inputs need"
-        raise UsageError(f"{what} -o OUTPUT", next_steps=("-o answers.parquet",))
-    path = Path(inputs[0])
-    if path.is_dir() or (re.search(r"[*?\[]", inputs[0]) and not path.exists()):
-        raise UsageError(
-            f"{inputs[0]} can be several files: name the output with -o",
-            next_steps=("-o answers.parquet",),
-        )
-    name = path.name
-    for suffixes in ((".gz", ".zst"), (".jsonl", ".ndjson", ".parquet")):
-        name = next((name.removesuffix(s) for s in suffixes if name.endswith(s)), name)
-    return str(path.with_name(f"{name or path.name}.{'mock' if mock else 'results'}.parquet"))
-
-
-def output_format(output: str) -> OutputFormat:
-    if output == STDOUT or output.endswith(".jsonl"):
-        return "jsonl"
-    if output.endswith(".parquet"):
-        return "parquet"
-    raise UsageError(f"-o {output}: the name must end in .parquet or .jsonl, or be - for stdout")
 
 
 def _endpoint(
@@ -880,11 +856,11 @@ def submit(ctx: click.Context, /, **values: object) -> int:
 
 
 def _submit(options: Options, config: RunConfig) -> int:
-    from batchrun import run
+    from batchrun import runner
 
     with _talk(options) as talk:
         try:
-            summary = asyncio.run(run.run(config, talk, handle_signals=True))
+            summary = asyncio.run(runner.run(config, talk, handle_signals=True))
         except Locked as exc:
             if config.if_locked != "skip":
                 raise

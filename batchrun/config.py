@@ -7,6 +7,7 @@ makes the finished file be written anew, without a request.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,6 +154,31 @@ class RunConfig:
             "format": self.output_format,
             "limit": self.limit,
         }
+
+
+def default_output(inputs: Sequence[str], *, mock: bool) -> str:
+    """``data/a.jsonl.gz`` -> ``data/a.results.parquet``, with mock ``data/a.mock.parquet``."""
+    if len(inputs) != 1 or inputs[0] == STDIN:
+        what = "an input from stdin needs" if len(inputs) == 1 else "several inputs need"
+        raise UsageError(f"{what} -o OUTPUT", next_steps=("-o answers.parquet",))
+    path = Path(inputs[0])
+    if path.is_dir() or (re.search(r"[*?\[]", inputs[0]) and not path.exists()):
+        raise UsageError(
+            f"{inputs[0]} can be several files: name the output with -o",
+            next_steps=("-o answers.parquet",),
+        )
+    name = path.name
+    for suffixes in ((".gz", ".zst"), (".jsonl", ".ndjson", ".parquet")):
+        name = next((name.removesuffix(s) for s in suffixes if name.endswith(s)), name)
+    return str(path.with_name(f"{name or path.name}.{'mock' if mock else 'results'}.parquet"))
+
+
+def output_format(output: str) -> OutputFormat:
+    if output == STDOUT or output.endswith(".jsonl"):
+        return "jsonl"
+    if output.endswith(".parquet"):
+        return "parquet"
+    raise UsageError(f"-o {output}: the name must end in .parquet or .jsonl, or be - for stdout")
 
 
 def _positive(flag: str, value: float | None) -> None:

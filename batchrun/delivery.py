@@ -24,6 +24,7 @@ from batchrun.limits import Limits, LimitSettings
 from batchrun.pool import Feed, Pool
 from batchrun.progress import Progress, Snapshot
 from batchrun.types import (
+    IN_DOUBT,
     NO_USAGE,
     Attempt,
     Bound,
@@ -86,16 +87,7 @@ async def deliver(
 
     ``on_pool`` is given the pool before anything is sent: whoever catches signals stops it.
     """
-    limits = Limits(
-        LimitSettings(
-            concurrency=config.concurrency,
-            rpm=config.rpm,
-            tpm=config.tpm,
-            max_wait_s=config.max_wait_s,
-            max_outage_s=config.max_outage_s,
-        ),
-        host=host,
-    )
+    limits = admission_for(config, host)
     limits.on_change = talk.detail
     desk = _Desk(config, journal, host)
     feed = Feed()
@@ -104,9 +96,7 @@ async def deliver(
         send=endpoint.send,
         judge=retry.classify,
         admission=limits,
-        persistence=retry.Persistence(
-            max_retries=config.max_retries, max_in_doubt_retries=config.max_in_doubt_retries
-        ),
+        persistence=persistence_for(config),
         desk=desk,
         drain_s=config.drain_s,
         one_model=one_model,
@@ -141,6 +131,31 @@ async def deliver(
         await asyncio.to_thread(journal.sync)
     talk.update(meter.snapshot())
     return Delivered(cause, desk.tally, meter.bound_by(), desk.reopened, desk.wrong_model)
+
+
+def admission_for(config: RunConfig, host: str) -> Limits:
+    settings = LimitSettings(
+        concurrency=config.concurrency,
+        rpm=config.rpm,
+        tpm=config.tpm,
+        max_wait_s=config.max_wait_s,
+        max_outage_s=config.max_outage_s,
+    )
+    return Limits(settings, host=host)
+
+
+def persistence_for(config: RunConfig) -> retry.Persistence:
+    return retry.Persistence(
+        max_retries=config.max_retries,
+        max_in_doubt_retries=config.max_in_doubt_retries,
+        max_wait_s=config.max_wait_s,
+    )
+
+
+def refusal(host: str, decision: Decision) -> EndpointRefused:
+    """What a fatal decision ends the run with; its reason reads on after the host's name."""
+    advice = retry.NEXT_STEPS.get(decision.code)
+    return EndpointRefused(f"{host} {decision.reason}", next_steps=(advice,) if advice else ())
 
 
 def _read_ahead(
@@ -212,12 +227,7 @@ class _Desk:
         self.tally.attempt_failed(decision, again=again)
         if decision.kind == "fatal":
             self.wrong_model = decision.code == "model_not_found"
-            advice = retry.NEXT_STEPS.get(decision.code)
-            self.stop(
-                EndpointRefused(
-                    f"{self._host} {decision.reason}", next_steps=(advice,) if advice else ()
-                )
-            )
+            self.stop(refusal(self._host, decision))
 
     def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
         outcome = outcome_of(request, attempt, decision, tries)
@@ -276,7 +286,7 @@ def outcome_of(request: Request, attempt: Attempt, decision: Decision, tries: Tr
         hash=request.hash,
         occurrence=request.occurrence,
         kind=kind,
-        final=ok or kind == "rejected" or decision.code == retry.IN_DOUBT,
+        final=ok or kind == "rejected" or decision.code == IN_DOUBT,
         attempts=tries.attempts,
         in_doubt=request.in_doubt + tries.in_doubt,
         http_status=attempt.status,

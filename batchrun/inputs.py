@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 import zstandard
 from msgspec import Struct
 
+from batchrun.answers import ANSWER_COLUMNS
 from batchrun.config import STDIN, InputFormat, JSONValue
 from batchrun.errors import LocalIOError, StoppedEarly, UsageError
 from batchrun.prompts import CUSTOM_ID, json_text, without_surrogates
@@ -58,35 +59,6 @@ _DEPTH_LIMIT: Final = 400
 _COLUMN_LIMIT: Final = 5_000
 # Integers up to here are exact as doubles.
 _EXACT: Final = 1 << 53
-
-# The columns an output adds (contract §4); an input column of such a name is carried renamed.
-ANSWER_COLUMNS: Final = (
-    "custom_id",
-    "status",
-    "response",
-    "finish_reason",
-    "request_model",
-    "response_model",
-    "prompt_tokens",
-    "completion_tokens",
-    "total_tokens",
-    "cached_tokens",
-    "reasoning_tokens",
-    "reasoning",
-    "tool_calls",
-    "error_kind",
-    "error_code",
-    "error_message",
-    "http_status",
-    "attempts",
-    "in_doubt_attempts",
-    "latency_s",
-    "ttft_s",
-    "request_id",
-    "finished_at",
-    "request_hash",
-    "response_body",
-)
 
 _SUFFIXES: Final[Mapping[str, InputFormat]] = {
     ".jsonl": "jsonl",
@@ -307,7 +279,7 @@ def _made_by_batchrun(path: Path) -> bool:
     """Outputs bear a mark: Parquet in the schema's metadata, JSONL in the first line."""
     try:
         if path.suffix == ".parquet":
-            return b"batchrun" in (pq.read_schema(path).metadata or {})
+            return b"batchrun" in (pq.read_metadata(path).metadata or {})
         if path.suffix == ".jsonl":
             with path.open("rb") as lines:
                 first = msgspec.json.decode(lines.readline(_LINE_LIMIT_BYTES))
@@ -344,7 +316,10 @@ def content_digest(files: Iterable[InputFile]) -> str:
 # --- what does not come as a file --------------------------------------------------------------
 
 
-def spool(source: BinaryIO | Iterable[Mapping[str, object]] | pa.Table, directory: Path) -> Path:
+RowsOrTable: TypeAlias = Iterable[Mapping[str, object]] | pa.Table
+
+
+def spool(source: BinaryIO | RowsOrTable, directory: Path) -> Path:
     """Keep an input that cannot be read twice: a stream, dicts, or an Arrow table.
 
     The file appears whole: ``stdin.jsonl``, ``rows.jsonl`` or ``table.parquet``.

@@ -94,6 +94,9 @@ MIN_REOPENING_S = 1.0
 
 # Less wastes the first seconds on every healthy endpoint; more floods a laptop's Ollama.
 START_WINDOW = 32
+# A known quota paces by itself, and needs a window of its rate times the latency of an answer. Less
+# than a usual completion's, and the window, not the quota, sets the pace until growth gets there.
+SUGGESTED_S = 2.0
 # A doubled window that finds free capacity doubles the rate; one at the plateau changes nothing.
 # Below this the noise of uneven answers reads as growth; above, a server that batches (whose
 # throughput grows less than its load) is left at half of what it can do.
@@ -232,6 +235,8 @@ class Limits:
             if model.reserved:
                 model.settle(request, attempt)
         else:
+            # A refusal's own headers may explain it: read them before judging it.
+            self._look(model, attempt, now)
             self._learn_from_failure(request, attempt, decision, admitted_at, delivered, now)
         if now >= model.look_at:
             self._look(model, attempt, now)
@@ -327,7 +332,6 @@ class Limits:
     ) -> None:
         refused = decision.kind == "rate_limit" or decision.pushback != "none"
         if refused:
-            model.look_at = now
             model.refund(request)
             self._places.hold(admitted_at + self._window.latency_s, now)
             if decision.wait_s is not None:
@@ -637,11 +641,9 @@ class _Window:
 
     def suggest(self, requests_per_s: float, now: float) -> None:
         """Begin where a quota just learned says that work will be."""
-        if self._is_fixed or self._phase != "slow start":
-            return
         size = self._suggested(requests_per_s)
-        if size > self.size:
-            self._before = None
+        if not self._is_fixed and size > self.size:
+            self._phase, self._before, self._ceiling = "slow start", None, None
             self._resize(size, "the quota suggests it", now)
             self._begin_round(now, self._growth_round())
 
@@ -655,8 +657,7 @@ class _Window:
         self._begin_round(now, self._growth_round())
 
     def _suggested(self, requests_per_s: float) -> int:
-        # One second is a short completion: enough to begin with, and growth does the rest.
-        return min(self._cap, max(START_WINDOW, int(requests_per_s)))
+        return min(self._cap, max(START_WINDOW, int(requests_per_s * SUGGESTED_S)))
 
     def _begin_round(self, now: float, needed: int, *, settled: bool = False) -> None:
         # The first generation at a new size still returns at the pace of the old one.

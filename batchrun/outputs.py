@@ -34,6 +34,7 @@ from batchrun.accounting import OutputTally
 from batchrun.config import OutputFormat
 from batchrun.errors import LocalIOError
 from batchrun.types import (
+    IN_DOUBT,
     NO_USAGE,
     Answer,
     ErrorCount,
@@ -44,6 +45,7 @@ from batchrun.types import (
 )
 
 FOOTER_KEY = b"batchrun"
+Schema = pa.Schema  # for those who pass one on without a need for pyarrow
 GROUP_ROWS = 20_000
 GROUP_BYTES = 32_000_000
 PIECE_ROWS = 1_024
@@ -186,6 +188,37 @@ def read_back(path: Path) -> Iterator[Outcome]:
         with path.open("rb") as file:
             is_parquet = file.read(4) == b"PAR1"
         yield from _read_parquet(path) if is_parquet else _read_jsonl(path)
+
+
+class PublishedRow(NamedTuple):
+    """One row of a published JSONL file, to be published again."""
+
+    custom_id: str
+    source: str
+    outcome: Outcome | InvalidRow
+    carried: dict[str, Any]
+
+
+def slices_of(path: Path) -> tuple[pa.Schema, Iterator[Slice]]:
+    """A published Parquet file as what ``publish`` takes, to write it in another format."""
+    with _reading(path):
+        schema = pq.read_schema(path)
+    own = set(answers.ANSWER_COLUMNS)
+    carried = pa.schema([field for field in schema if field.name not in own])
+    return carried, _slices_of(path, carried)
+
+
+def published_rows(path: Path) -> Iterator[PublishedRow]:
+    """The rows of a published JSONL file, in order."""
+    decode = msgspec.json.Decoder(_BackLine).decode
+    with _reading(path), path.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            line = decode(text)
+            message = line.error.message if line.error else None
+            outcome = _outcome_of_line(line) or _invalid(message)
+            carried = line.batchrun.input or {}
+            source = _source(outcome, message, f"{path}:{number}")
+            yield PublishedRow(line.custom_id, source, outcome, carried)
 
 
 def backup(path: Path) -> Path:
@@ -684,6 +717,46 @@ def _read_parquet(path: Path) -> Iterator[Outcome]:
                     yield outcome
 
 
+def _slices_of(path: Path, carried: pa.Schema) -> Iterator[Slice]:
+    done = 0
+    with _reading(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=256_000) as file:
+        for batch in file.iter_batches(PIECE_ROWS, use_threads=False):
+            names = batch.schema.names
+            absent = [None] * batch.num_rows
+            rows = zip(
+                *[
+                    _back_values(batch.column(name), name) if name in names else absent
+                    for name in _BACK_COLUMNS
+                ],
+                strict=True,
+            )
+            outcomes: list[Outcome | InvalidRow] = []
+            places = []
+            for row in rows:
+                done += 1
+                published = _Published(*row)
+                message = published.error_message
+                outcome = _outcome_of(published) or _invalid(message)
+                outcomes.append(outcome)
+                places.append(_source(outcome, message, f"{path}:{done}"))
+            custom_ids = batch.column("custom_id").to_pylist()
+            yield Slice(batch.select(carried.names), custom_ids, places, outcomes)
+
+
+# An invalid row is published as "file:line: reason"; published again it must say that once.
+_PLACED: Final = re.compile(r"(.+?:\d+): (.*)", re.DOTALL)
+
+
+def _invalid(message: str | None) -> InvalidRow:
+    match = _PLACED.fullmatch(message or "")
+    return InvalidRow(match[2] if match else message or "")
+
+
+def _source(outcome: Outcome | InvalidRow, message: str | None, otherwise: str) -> str:
+    match = _PLACED.fullmatch(message or "") if type(outcome) is InvalidRow else None
+    return match[1] if match else otherwise
+
+
 def _back_values(column: pa.Array, name: str) -> list[Any]:
     if name == "finished_at":
         column = column.cast(pa.timestamp("ms", tz="UTC")).cast(pa.int64())
@@ -747,7 +820,7 @@ def _outcome_of(row: _Published) -> Outcome | None:
         hash=digest,
         occurrence=0,
         kind=kind,
-        final=kind not in _PASSING,
+        final=_is_final(kind, row.error_code),
         attempts=row.attempts or 0,
         in_doubt=row.in_doubt_attempts or 0,
         http_status=row.http_status,
@@ -762,6 +835,11 @@ def _outcome_of(row: _Published) -> Outcome | None:
         body=body,
         rebuilt=rebuilt,
     )
+
+
+def _is_final(kind: OutcomeKind, code: str | None) -> bool:
+    # A row given up because its attempts may have been billed too often keeps its passing kind.
+    return kind not in _PASSING or code == IN_DOUBT
 
 
 def _kind(status: str | None, error_kind: str | None) -> OutcomeKind:
@@ -780,6 +858,7 @@ class _BackResponse(Struct):
 
 class _BackLine(Struct):
     batchrun: _JsonMember
+    custom_id: str = ""
     response: _BackResponse | None = None
     error: _JsonError | None = None
 
@@ -812,7 +891,7 @@ def _outcome_of_line(line: _BackLine) -> Outcome | None:
         hash=digest,
         occurrence=0,
         kind=kind,
-        final=kind not in _PASSING,
+        final=_is_final(kind, error.code),
         attempts=max(0, member.attempts),
         in_doubt=max(0, member.in_doubt_attempts),
         http_status=response.status_code,

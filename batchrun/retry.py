@@ -33,6 +33,7 @@ from tenacity.stop import stop_after_attempt, stop_base
 from tenacity.wait import wait_base, wait_exponential
 
 from batchrun.types import (
+    IN_DOUBT,
     Attempt,
     Decision,
     DecisionKind,
@@ -47,7 +48,6 @@ from batchrun.types import (
 )
 
 OK: Final = Decision(kind="ok")
-IN_DOUBT: Final = "in_doubt"  # the code of a row that may have been billed as often as is allowed
 
 # A fatal decision belongs to no row, so its code is ours, one of these, and tells the run what to
 # advise; its reason reads on after the host's name: 'api.mistral.ai refused the key: 401 ...'.

@@ -61,6 +61,8 @@ def _plus(a: int | None, b: int | None) -> int | None:
 
 
 NO_USAGE = Usage()
+# The error code of a row that may have been billed as often as is allowed.
+IN_DOUBT = "in_doubt"
 
 
 class Request(Struct, frozen=True, gc=False):

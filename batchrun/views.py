@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 from batchrun import inputs, journal, outputs, plan, prompts
 from batchrun.accounting import OutputTally
 from batchrun.config import STATE_SUFFIX, STDIN, STDOUT, VERSION, OutputFormat, RunConfig
 from batchrun.errors import UsageError
+from batchrun.inputs import Batch
 from batchrun.journal import Held, Journal
-from batchrun.outputs import Footer, FooterRows
+from batchrun.outputs import Footer, FooterRows, PublishedRow, Schema, Slice
 from batchrun.prompts import Invalid
 from batchrun.report import BadRowFacts, CollectFacts, StatusFacts, ValidateFacts
-from batchrun.run import chat_endpoint, file_facts, has_journal, now_utc, prompt_settings
+from batchrun.runner import chat_endpoint, file_facts, has_journal, now_utc, prompt_settings
 from batchrun.saved import Saved, read_saved, restored
 from batchrun.slots import SlotTable
 from batchrun.types import RowCounts
@@ -194,7 +197,7 @@ def _converted(output: str, target: str) -> CollectFacts:
     if footer is None:
         raise UsageError(f"{output}: no run and no output of batchrun there")
     tally = OutputTally()
-    schema, slices = outputs.slices_of(Path(output))
+    schema, slices = _published_slices(Path(output))
     outputs.publish(
         sys.stdout.buffer if target == STDOUT else Path(target),
         _format_of(target),
@@ -214,6 +217,32 @@ def _converted(output: str, target: str) -> CollectFacts:
         errors=tuple(tally.errors),
         tokens=tally.tokens,
     )
+
+
+def _published_slices(output: Path) -> tuple[Schema, Iterator[Slice]]:
+    if output.suffix == ".parquet":
+        return outputs.slices_of(output)
+    # A JSONL output has values but no types: they are found as for any JSONL input.
+    file = inputs.resolve([str(output)]).files[0]
+    types = inputs.ColumnTypes(None)
+    for rows in _batched(outputs.published_rows(output), inputs.BATCH_ROWS):
+        types.observe(file, Batch(range(len(rows)), [row.carried for row in rows], None))
+    carried = types.carried()
+    slices = (
+        Slice(
+            carried.from_rows([row.carried for row in rows]),
+            [row.custom_id for row in rows],
+            [row.source for row in rows],
+            [row.outcome for row in rows],
+        )
+        for rows in _batched(outputs.published_rows(output), inputs.BATCH_ROWS)
+    )
+    return carried.schema, slices
+
+
+def _batched(rows: Iterator[PublishedRow], size: int) -> Iterator[list[PublishedRow]]:
+    while batch := list(islice(rows, size)):
+        yield batch
 
 
 async def models(config: RunConfig) -> list[str]:

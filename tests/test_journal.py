@@ -1010,7 +1010,11 @@ def test_a_directory_of_the_users_keeps_what_is_not_ours(tmp_path: Path) -> None
     assert [path.name for path in state.iterdir()] == ["thesis.tex"]
 
 
-def test_the_directory_we_made_goes_whole(state: Path) -> None:
+@pytest.mark.parametrize("name", ["out.parquet.batchrun", "given-with-state"])
+def test_the_directory_we_made_goes_whole(tmp_path: Path, name: str) -> None:
+    state = tmp_path / name
+    with lock(state):
+        pass
     with lock(state) as held:
         fill(state)
         (state / "anything").mkdir()

@@ -12,12 +12,12 @@ import random
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import chain, count, pairwise, repeat
 
 import pytest
 
 from batchrun.errors import EXIT_STOPPED
-from batchrun.limits import Limits, LimitSettings, Quota, duration_s, quota_named
+from batchrun.limits import BURST_S, Limits, LimitSettings, duration_s, quota_named
 from batchrun.types import Attempt, Decision, Reply, Request, Usage
 
 HOST = "api.example.org"
@@ -74,6 +74,7 @@ class Server:
         headers: Callable[[Server], dict[str, str]] | None = None,
         refusal: Decision = REFUSED,
         refuses_at_random: float = 0.0,
+        usage: Callable[[Request], tuple[int, int]] | None = None,
     ) -> None:
         self.slots = slots
         self.queue = queue
@@ -84,7 +85,9 @@ class Server:
         self.headers = headers
         self.refusal = refusal
         self.refuses_at_random = refuses_at_random
+        self.usage = usage
         self.is_up = True
+        self.rejects = False
         self.busy = 0
         self.line: deque[Callable[[], None]] = deque()
         self._rng = random.Random(7)
@@ -125,11 +128,12 @@ class Run:
         sizes: Iterator[int] | None = None,
     ) -> None:
         self.server = server
+        self.now = 0.0
         self.limits = Limits(settings or LimitSettings(), host=HOST)
         self.changes: list[tuple[float, str]] = []
         self.limits.on_change = lambda change: self.changes.append((self.now, change))
-        self.now = 0.0
         self.sent: list[float] = []
+        self.sent_rows: list[tuple[float, Request]] = []
         self.answered: list[float] = []
         self.refused: list[float] = []
         self.windows: list[tuple[float, int]] = []
@@ -191,6 +195,7 @@ class Run:
 
     def _send(self, row: Request) -> None:
         self.sent.append(self.now)
+        self.sent_rows.append((self.now, row))
         self.at(self.now + RTT_S / 2, lambda: self._arrive(row))
 
     def _arrive(self, row: Request) -> None:
@@ -212,18 +217,24 @@ class Run:
         self.server.busy -= 1
         while self.server.line and self.server.busy < self.server.slots:
             self.server.line.popleft()()
-        self._reply(row, None, OK)
+        self._reply(row, None, REJECTED if self.server.rejects else OK)
 
     def _reply(self, row: Request, brought: Attempt | None, decision: Decision) -> None:
         if brought is None:
-            headers = self.server.headers(self.server) if self.server.headers else {}
-            brought = attempt(now=self.now, headers=headers) if headers else ANSWER
+            brought = self._attempt(row)
         self.at(self.now + RTT_S / 2, lambda: self._done(row, brought, decision))
+
+    def _attempt(self, row: Request) -> Attempt:
+        headers = self.server.headers(self.server) if self.server.headers else {}
+        tokens = self.server.usage(row) if self.server.usage else None
+        return (
+            attempt(now=self.now, headers=headers, tokens=tokens) if headers or tokens else ANSWER
+        )
 
     def _done(self, row: Request, brought: Attempt, decision: Decision) -> None:
         self.limits.done(row, brought, decision, self.now)
         self.windows.append((self.now, self.limits.window))
-        if decision.kind == "ok":
+        if decision.kind in ("ok", "rejected"):
             self.answered.append(self.now)
         else:
             if decision.kind == "rate_limit":
@@ -247,3 +258,478 @@ def exponential(mean_s: float, seed: int = 3) -> Callable[[], float]:
 def even(mean_s: float, seed: int = 3) -> Callable[[], float]:
     rng = random.Random(seed)
     return lambda: rng.uniform(0.8 * mean_s, 1.2 * mean_s)
+
+
+def most_above(rate: float, events: list[tuple[float, float]]) -> float:
+    """How far any window of time exceeds ``rate``: the largest amount over rate * length."""
+    spent = lowest = worst = 0.0
+    for when, amount in events:
+        lowest = min(lowest, spent - rate * when)
+        spent += amount
+        worst = max(worst, spent - rate * when - lowest)
+    return worst
+
+
+# --- Quota ---------------------------------------------------------------------------------------
+
+
+def mistral_headers(server: Server) -> dict[str, str]:
+    return {
+        "x-ratelimit-limit-req-minute": "6000",
+        "x-ratelimit-remaining-req-minute": str(int(server.tokens)),
+    }
+
+
+def openai_headers(server: Server) -> dict[str, str]:
+    return {
+        "x-ratelimit-limit-requests": "6000",
+        "x-ratelimit-remaining-requests": str(int(server.tokens)),
+        "x-ratelimit-reset-requests": f"{int((6000 - server.tokens) * 10)}ms",
+    }
+
+
+@pytest.mark.parametrize("rpm", [0.5, 60, 6000, 60_000])
+def test_no_window_of_time_exceeds_the_rate_by_more_than_the_burst(rpm: float) -> None:
+    run = Run(Server(service_s=even(0.3)), LimitSettings(rpm=rpm), late_s=0.003).until(60)
+    rate = rpm / 60
+    assert most_above(rate, [(when, 1.0) for when in run.sent]) <= max(1.0, rate * BURST_S) + 1e-6
+
+
+def test_tokens_are_paced_by_what_answers_turn_out_to_cost() -> None:
+    # Bytes cost four times what is assumed before the first usage, and answers are long.
+    server = Server(service_s=0.2, usage=lambda row: (len(row.body), 500))
+    run = Run(server, LimitSettings(tpm=600_000)).until(60)
+    assert len(run.sent) * 600 == pytest.approx(10_000 * 60, rel=0.05)
+    late = [(when, 600.0) for when in run.sent if when > 5]
+    assert most_above(10_000, late) <= 10_000 * BURST_S + 2 * 600
+
+
+def test_a_large_request_waits_for_its_share_and_no_longer() -> None:
+    # 1,000 tokens a second; the fortieth request alone costs ten seconds of it.
+    sizes = chain(repeat(400, 40), [40_000], repeat(400))
+    server = Server(service_s=0.1, usage=lambda row: (len(row.body) // 4, 0))
+    run = Run(server, LimitSettings(tpm=60_000), sizes=sizes).until(60)
+    sent_at = {row.row: when for when, row in run.sent_rows}
+    assert list(sent_at) == sorted(sent_at)
+    assert sent_at[40] <= 15.0  # what stands before it costs 4 s, and 10 s by the first estimate
+    assert sent_at[41] - sent_at[40] >= 9.0  # and its debt is paid before the next
+
+
+def test_requests_and_tokens_are_taken_together_or_not_at_all() -> None:
+    limits = Limits(LimitSettings(rpm=60, tpm=60))
+    assert limits.admit(request(0), 0.0) == 0.0
+    # 281 tokens by the first estimate, at one a second: the request is the smaller debt.
+    assert limits.admit(request(1), 0.0) > 200
+    assert limits.admit(request(1), 1.1) > 200
+    assert limits.in_flight == 1
+
+
+@pytest.mark.parametrize("source", ["--rpm", "mistral", "openai"])
+@pytest.mark.parametrize("depth", [5, 100, 6000])
+@pytest.mark.parametrize("service_s", [0.05, 1.0])
+def test_a_quota_is_used_whole_and_hardly_ever_refused(
+    source: str, depth: int, service_s: float
+) -> None:
+    headers = {"mistral": mistral_headers, "openai": openai_headers}.get(source)
+    settings = LimitSettings(rpm=6000 if source == "--rpm" else None)
+    server = Server(service_s=even(service_s), rate=100, depth=depth, headers=headers)
+    run = Run(server, settings, late_s=0.002).until(61 + service_s)
+    assert run.rate(1 + service_s, 61 + service_s) >= 98.0
+    assert len(run.refused) <= 0.005 * len(run.sent)
+
+
+def test_what_left_before_the_quota_was_known_counts() -> None:
+    server = Server(service_s=0.05, rate=100, depth=6000, headers=mistral_headers)
+    run = Run(server).until(10)
+    assert most_above(100, [(when, 1.0) for when in run.sent]) <= 32 + 100 * BURST_S
+
+
+def test_a_refusal_under_a_known_quota_moves_the_bucket_and_not_the_window() -> None:
+    limits = Limits(LimitSettings(rpm=6000))
+    rows = [request(row) for row in range(4)]
+    assert [limits.admit(row, 0.0) for row in rows] == [0.0] * 4
+    window = limits.window
+    for row in rows:
+        limits.done(row, attempt(now=0.1, status=429), REFUSED, 0.1)
+    assert limits.window == window
+    held_until = 0.1 + limits.admit(request(9), 0.1)
+    assert 0.3 < held_until < 0.5  # four refusals of one burst, one move
+
+
+def test_a_quota_of_one_model_leaves_the_others_alone() -> None:
+    limits = Limits(LimitSettings(rpm=60))
+    assert limits.admit(request(0, model="a"), 0.0) == 0.0
+    assert limits.admit(request(1, model="a"), 0.0) > 0.9
+    assert limits.admit(request(2, model="b"), 0.0) == 0.0
+
+
+QUOTAS: dict[str, tuple[dict[str, str], tuple[float | None, float | None]]] = {
+    "mistral": (
+        {
+            "x-ratelimit-limit-req-minute": "60",
+            "x-ratelimit-remaining-req-minute": "59",
+            "x-ratelimit-limit-tokens-minute": "50000",
+            "x-ratelimit-remaining-tokens-minute": "49000",
+            "x-ratelimit-limit-tokens-month": "4000000",
+        },
+        (1.0, 50_000 / 60),
+    ),
+    "openai": (
+        {
+            "x-ratelimit-limit-requests": "10000",
+            "x-ratelimit-remaining-requests": "9999",
+            "x-ratelimit-reset-requests": "6ms",
+            "x-ratelimit-limit-tokens": "2000000",
+            "x-ratelimit-remaining-tokens": "1999000",
+            "x-ratelimit-reset-tokens": "30ms",
+        },
+        (10_000 / 60, 2_000_000 / 60),
+    ),
+    "groq: requests a day, tokens a minute": (
+        {
+            "x-ratelimit-limit-requests": "14400",
+            "x-ratelimit-remaining-requests": "14370",
+            "x-ratelimit-reset-requests": "2m59.56s",
+            "x-ratelimit-limit-tokens": "18000",
+            "x-ratelimit-remaining-tokens": "17997",
+            "x-ratelimit-reset-tokens": "7.66ms",
+        },
+        (None, 300.0),
+    ),
+    "azure: -1 and 0 are not told": (
+        {
+            "x-ratelimit-limit-requests": "-1",
+            "x-ratelimit-remaining-requests": "-1",
+            "x-ratelimit-limit-tokens": "0",
+        },
+        (None, None),
+    ),
+    "anthropic": (
+        {
+            "anthropic-ratelimit-requests-limit": "4000",
+            "anthropic-ratelimit-requests-remaining": "3999",
+            "anthropic-ratelimit-requests-reset": "2026-11-21T12:00:00Z",
+            "anthropic-ratelimit-tokens-limit": "480000",
+        },
+        (4000 / 60, 8000.0),
+    ),
+    "cerebras": (
+        {"x-ratelimit-limit-requests-day": "14400", "x-ratelimit-limit-tokens-minute": "60000"},
+        (None, 1000.0),
+    ),
+    "nonsense": (
+        {"x-ratelimit-limit-requests": "lots", "x-ratelimit-limit-tokens": "nan"},
+        (None, None),
+    ),
+    "none": ({}, (None, None)),
+}
+
+
+@pytest.mark.parametrize(("headers", "rates"), QUOTAS.values(), ids=QUOTAS.keys())
+def test_a_quota_is_read_from_every_dialect(
+    headers: dict[str, str], rates: tuple[float | None, float | None]
+) -> None:
+    quota = quota_named(headers)
+    assert (quota.requests_per_s, quota.tokens_per_s) == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1s", 1), ("6m0s", 360), ("20ms", 0.02), ("1h2m3s", 3723), ("7.66s", 7.66), ("12", 12)],
+)
+def test_resets_are_go_durations_or_seconds(text: str, seconds: float) -> None:
+    assert duration_s(text) == pytest.approx(seconds)
+
+
+def waiting(limits: Limits, now: float) -> tuple[float, str]:
+    wait = limits.waiting(now)
+    assert wait is not None
+    return round(wait[0], 6), wait[1]
+
+
+# --- Gates ---------------------------------------------------------------------------------------
+
+
+def test_a_named_wait_is_kept_exactly_and_ends_without_a_herd() -> None:
+    server = Server(service_s=even(0.25))
+    run = Run(server)
+    # The window has grown to hundreds when, for a moment, everything is refused: the first refusal
+    # closes the gate, the others were on their way.
+    run.at(10.0, lambda: setattr(server, "refusal", named_wait(5.0)))
+    run.at(10.0, lambda: setattr(server, "refuses_at_random", 1.0))
+    run.at(10.01, lambda: setattr(server, "refuses_at_random", 0.0))
+    run.until(30)
+    assert len(run.refused) > 1
+    reopened = run.refused[-1] + 5.0
+    assert not [when for when in run.sent if run.refused[0] < when < reopened]
+    first = [when for when in run.sent if reopened <= when < reopened + 0.05]
+    assert 1 <= len(first) <= run.limits.window / 10
+    assert first[0] == pytest.approx(reopened)
+    # And it is no slower afterwards than before.
+    assert run.rate(18, 28) >= 0.95 * run.rate(5, 10)
+
+
+def test_refusals_that_name_a_wait_do_not_cut_the_window() -> None:
+    limits = Limits(LimitSettings())
+    rows = [request(row) for row in range(32)]
+    for row in rows:
+        limits.admit(row, 0.0)
+    for number, row in enumerate(rows):
+        now = 0.1 + number / 1000
+        limits.done(row, attempt(now=now, status=429), named_wait(7.0), now)
+    assert limits.window == 32
+    assert limits.admit(request(40), 1.0) == pytest.approx(6.131)
+    assert limits.admit(request(40), 7.131) == 0.0
+
+
+def test_a_gate_holds_its_own_model_only() -> None:
+    limits = Limits(LimitSettings(), host=HOST)
+    row = request(0, model="a")
+    limits.admit(row, 0.0)
+    limits.done(row, attempt(status=429), named_wait(30.0), 1.0)
+    assert limits.admit(request(1, model="a"), 2.0) == pytest.approx(29.0)
+    assert limits.admit(request(2, model="b"), 2.0) == 0.0
+    assert waiting(limits, 2.0) == (29.0, f"Retry-After from {HOST}")
+    assert limits.waiting(32.0) is None
+
+
+def test_a_wait_beyond_max_wait_ends_the_run_and_says_when_the_limit_resets() -> None:
+    limits = Limits(LimitSettings(max_wait_s=600), host=HOST)
+    row = request()
+    limits.admit(row, 0.0)
+    limits.done(row, attempt(status=429), named_wait(600.0), 0.1)
+    assert limits.stop(0.1) is None
+    row = request()
+    limits.admit(row, 601.0)
+    limits.done(row, attempt(status=429), named_wait(86_400.0), 601.1)
+    verdict = limits.stop(601.1)
+    assert verdict is not None
+    assert verdict.exit_code == EXIT_STOPPED
+    assert "24 h" in verdict.message
+    assert "the limit resets at 2023-11-1" in verdict.message  # a day after the attempt's date
+
+
+# --- Window --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [4, 32, 256])
+@pytest.mark.parametrize("queue", [None, 0.25, 1.0], ids=["unbounded", "short", "long"])
+@pytest.mark.parametrize("spread", ["constant", "even", "exponential"])
+def test_unknown_capacity_is_found(slots: int, queue: float | None, spread: str) -> None:
+    def server() -> Server:
+        service_s = {"even": even(0.25), "exponential": exponential(0.25)}.get(spread, 0.25)
+        places = None if queue is None else max(1, int(queue * slots))
+        return Server(slots, service_s=service_s, queue=places)
+
+    # No window does better than one that fits the slots and a part of the queue.
+    size = slots if queue is not None else 2 * slots
+    best = Run(server(), LimitSettings(concurrency=max(size, slots + 1))).until(60).rate(0, 60)
+    assert Run(server()).until(60).rate(0, 60) >= 0.95 * best
+
+
+@pytest.mark.parametrize("slots", [8, 32, 100, 200])
+def test_latency_without_throughput_is_a_plateau_though_nobody_refuses(slots: int) -> None:
+    run = Run(Server(slots, service_s=even(0.25))).until(60)
+    assert not run.refused
+    assert run.limits.window <= max(64, 3 * slots)
+    assert any("plateau" in change for _, change in run.changes)
+
+
+@pytest.mark.parametrize("slots", [4, 32, 256])
+@pytest.mark.parametrize("queue", [None, 0.25], ids=["unbounded", "short"])
+def test_a_run_finds_its_pace_again_when_capacity_halves(slots: int, queue: float | None) -> None:
+    server = Server(slots, service_s=0.25, queue=None if queue is None else max(1, slots // 4))
+    run = Run(server)
+    run.at(30.0, lambda: setattr(server, "slots", slots // 2))
+    run.until(45)
+    assert run.rate(35, 40) >= 0.95 * slots / 2 / 0.25
+
+
+def test_capacity_that_grows_is_used() -> None:
+    server = Server(32, service_s=even(0.25), queue=16)
+    run = Run(server)
+    run.at(30.0, lambda: setattr(server, "slots", 128))
+    run.until(70)
+    assert run.rate(60, 70) >= 0.95 * 128 / 0.25
+
+
+def fill(limits: Limits, now: float, first_row: int = 0) -> list[Request]:
+    rows: list[Request] = []
+    while limits.in_flight < limits.window:
+        rows.append(request(first_row + len(rows)))
+        assert limits.admit(rows[-1], now) == 0.0
+    return rows
+
+
+@pytest.mark.parametrize("refusal", [REFUSED, OVERLOADED], ids=["no wait named", "capacity"])
+def test_one_burst_of_refusals_is_one_cut(refusal: Decision) -> None:
+    limits = Limits(LimitSettings())
+    changes: list[str] = []
+    limits.on_change = changes.append
+    for number, row in enumerate(fill(limits, 0.0)):
+        now = 0.2 + number / 1000
+        limits.done(row, attempt(now=now, status=429), refusal, now)
+    assert changes == [f"window 32 -> 22: refused ({refusal.code})"]
+
+
+def test_refusals_at_random_do_not_starve_the_run() -> None:
+    run = Run(Server(service_s=0.05, refuses_at_random=0.1)).until(40)
+    assert run.rate(30, 40) >= 0.8 * 0.9 * 512 / 0.05
+
+
+def test_an_instant_refusal_does_not_spin() -> None:
+    run = Run(Server(32, service_s=0.25, queue=0), LimitSettings(concurrency=40)).until(20)
+    assert run.rate(1, 20) >= 0.97 * 32 / 0.25
+    assert len(run.refused) <= 1.1 * 8 * 20 / 0.25  # each of the 8 too many once a service time
+
+
+def test_a_fixed_concurrency_is_there_from_the_start_and_stays() -> None:
+    run = Run(Server(service_s=1.0), LimitSettings(concurrency=1000))
+    assert run.limits.window == 1000
+    run.until(60.5)
+    assert len(run.sent) - len(run.answered) == 1000
+    assert len(run.answered) >= 0.97 * 1000 * 60.5
+    assert run.changes == []
+
+
+def test_the_window_is_full_all_the_time_at_a_latency_of_a_second() -> None:
+    run = Run(Server(service_s=even(1.0))).until(60)
+    assert run.limits.window == 512
+    assert run.rate(15, 60) >= 0.98 * 512
+    assert len(run.answered) >= 0.9 * 512 * 59
+
+
+def test_instant_answers_do_not_shrink_the_window() -> None:
+    run = Run(Server(service_s=even(0.0005))).until(0.3)
+    assert all(window >= 32 for _, window in run.windows)
+
+
+def test_a_window_that_is_not_in_use_does_not_grow() -> None:
+    limits = Limits(LimitSettings())
+    for row in range(5_000):
+        sent = request(row)
+        limits.admit(sent, row / 100)
+        limits.done(sent, ANSWER, OK, row / 100 + 0.005)
+    assert limits.window == 32
+    assert limits.bound_by() == "input"
+
+
+def test_errors_of_rows_leave_the_window_alone() -> None:
+    server = Server(64, service_s=even(0.25))
+    server.rejects = True
+    run = Run(server).until(20)
+    assert run.rate(5, 20) >= 0.95 * 64 / 0.25
+
+
+def test_timeouts_are_overload_only_where_answers_barely_make_it() -> None:
+    timeout = Decision(kind="timeout", code="timeout", in_doubt=True)
+    for latency_s, cut in ((500.0, True), (2.0, False)):
+        limits = Limits(LimitSettings())
+        now = 0.0
+        for first_row in range(0, 96, 32):
+            for row in fill(limits, now, first_row)[:32]:
+                limits.done(row, ANSWER, OK, now + latency_s)
+            now += latency_s
+        window = limits.window
+        rows = fill(limits, now, 1000)
+        limits.done(rows[0], NO_ANSWER, timeout, now + 600.0)
+        assert (limits.window < window) is cut
+
+
+def test_growth_stops_at_the_cap() -> None:
+    run = Run(Server(service_s=even(0.1)), LimitSettings(max_concurrency=100)).until(10)
+    assert max(window for _, window in run.windows) == 100
+
+
+def test_a_cancelled_request_gives_its_place_back() -> None:
+    limits = Limits(LimitSettings(concurrency=1, tpm=1000))
+    row = request()
+    assert limits.admit(row, 0.0) == 0.0
+    limits.withdrawn(row, 1.0)
+    assert limits.in_flight == 0
+
+
+# --- Breaker and stop ----------------------------------------------------------------------------
+
+
+def test_an_outage_is_probed_one_at_a_time_and_the_run_resumes_by_itself() -> None:
+    server = Server(64, service_s=even(0.25))
+    run = Run(server)
+    run.at(10.0, lambda: setattr(server, "is_up", False))
+    run.at(40.0, lambda: setattr(server, "is_up", True))
+    run.until(100)
+    probes = [when for when in run.sent if 12.0 < when < 40.0]
+    gaps = [after - before for before, after in pairwise(probes)]
+    assert 3 <= len(probes) <= 6
+    assert gaps == sorted(gaps)
+    assert run.limits.stop(run.now) is None
+    resumed = next(when for when in run.sent if when >= 40.0)
+    assert resumed <= 40.0 + 30.0
+    assert len([when for when in run.sent if resumed <= when < resumed + 0.2]) == 1
+    assert run.rate(resumed + 5, 100) >= 0.95 * 64 / 0.25
+
+
+def test_while_a_probe_is_out_nothing_else_leaves() -> None:
+    limits = Limits(LimitSettings(), host=HOST)
+    for row in fill(limits, 0.0)[:10]:
+        limits.done(row, NO_ANSWER, BROKEN, 1.0)
+    assert limits.admit(request(50), 1.5) == pytest.approx(0.5)
+    assert waiting(limits, 1.5) == (0.5, f"{HOST} does not answer")
+    assert limits.bound_by() == "endpoint"
+    probe = request(50)
+    assert limits.admit(probe, 2.0) == 0.0
+    assert limits.admit(request(51), 2.0) > 0.0
+    limits.done(probe, ANSWER, OK, 2.5)
+    assert limits.admit(request(51), 2.5) == 0.0
+
+
+def test_failures_of_one_row_are_not_an_outage() -> None:
+    limits = Limits(LimitSettings())
+    for again in range(20):
+        row = request(7)
+        assert limits.admit(row, float(again)) == 0.0
+        limits.done(row, NO_ANSWER, BROKEN, again + 0.5)
+
+
+def test_a_probe_cancelled_in_flight_makes_room_for_the_next() -> None:
+    limits = Limits(LimitSettings())
+    for row in fill(limits, 0.0)[:10]:
+        limits.done(row, NO_ANSWER, BROKEN, 1.0)
+    probe = request(50)
+    limits.admit(probe, 2.0)
+    limits.withdrawn(probe, 2.1)
+    assert limits.admit(request(51), 2.2) == 0.0
+
+
+def test_an_endpoint_never_reached_ends_the_run_within_seconds() -> None:
+    server = Server()
+    server.is_up = False
+    run = Run(server, LimitSettings(max_outage_s=600))
+    ends = (when / 2 for when in count(1))
+    verdict = next(found for end in ends if (found := run.until(end).limits.stop(end)))
+    assert verdict.exit_code == EXIT_STOPPED
+    assert verdict.message == f"cannot reach {HOST}: could not connect: refused"
+    assert run.now == pytest.approx(15.5, abs=1.0)
+    assert len(run.sent) == 32 + 4  # a first window, then one probe after 1, 2, 4 and 8 s
+
+
+def test_an_endpoint_that_once_answered_is_given_max_outage() -> None:
+    server = Server(service_s=0.1)
+    run = Run(server, LimitSettings(max_outage_s=300))
+    run.at(5.0, lambda: setattr(server, "is_up", False))
+    assert run.until(300).limits.stop(300) is None
+    verdict = run.until(306).limits.stop(306)
+    assert verdict is not None
+    assert verdict.message.startswith(f"{HOST} has given no answer for 5 min")
+
+
+def test_refusals_without_end_are_an_outage_too() -> None:
+    run = Run(Server(service_s=0.1, refuses_at_random=1.0), LimitSettings(max_outage_s=100))
+    assert run.until(90).limits.stop(90) is None
+    assert run.until(160).limits.stop(160) is not None
+
+
+def test_what_holds_the_run_back_is_known() -> None:
+    by_quota = Run(Server(service_s=0.1), LimitSettings(rpm=600)).until(5)
+    assert by_quota.limits.bound_by() == "quota"
+    assert Run(Server(4, service_s=0.1)).until(5).limits.bound_by() == "endpoint"

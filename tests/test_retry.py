@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from batchrun import answers
 from batchrun.retry import (
-    IN_DOUBT,
     LONGEST_BACKOFF_S,
     MAX_REFUSALS,
     NEXT_STEPS,
@@ -29,7 +28,16 @@ from batchrun.retry import (
     classify,
     retry_after,
 )
-from batchrun.types import Attempt, Decision, DecisionKind, ErrorBody, Failure, Reply, Request
+from batchrun.types import (
+    IN_DOUBT,
+    Attempt,
+    Decision,
+    DecisionKind,
+    ErrorBody,
+    Failure,
+    Reply,
+    Request,
+)
 
 # How long an example takes says how busy the machine is, nothing else.
 unhurried = settings(deadline=None)
@@ -1078,6 +1086,7 @@ BROKEN = [
         in_doubt=False,
     ),
     case("cut", says(200, b'{"choices":[', failure="cut"), "transient", code="cut", in_doubt=True),
+    case("cut after the finish", says(200, completion(), failure="cut"), "transient", code="cut"),
     case(
         "a stream without finish",
         says(

@@ -77,13 +77,18 @@ SHOWN_SETTING = 40
 
 
 async def run(
-    config: RunConfig, talk: Progress | None = None, *, handle_signals: bool = False
+    config: RunConfig,
+    talk: Progress | None = None,
+    *,
+    handle_signals: bool = False,
+    rows: inputs.RowsOrTable | None = None,
 ) -> RunSummary:
     """Do the whole job and say what it amounted to.
 
     Raises BatchrunError for what ends before the run began: usage, settings that differ, the lock,
     an input that cannot be read. Afterwards every end is a RunSummary with its exit code.
     ``handle_signals`` is for a process of our own: SIGINT, SIGTERM and SIGHUP then drain the run.
+    ``rows`` are what the input ``-`` stands for, instead of stdin: dicts or an Arrow table.
     """
     talk = talk or Progress(quiet=True)
     stop = Stop(config, talk)
@@ -95,7 +100,7 @@ async def run(
         waiting = journal.lock(state, config.if_locked, cancelled=stop.requested)
         lock = await asyncio.to_thread(stack.enter_context, waiting)
         try:
-            return await _Run(config, talk, stop, state, lock).go()
+            return await _Run(config, talk, stop, state, lock, rows).go()
         except BaseException:
             # What ended before it began leaves nothing behind.
             if not has_journal(state):
@@ -145,6 +150,7 @@ class _Run:
     stop: Stop
     state: Path
     lock: journal.Lock
+    rows: inputs.RowsOrTable | None = None
 
     def __post_init__(self) -> None:
         self.started_s = self.sending_since_s = time.monotonic()
@@ -208,7 +214,8 @@ class _Run:
         config = self.config
         spool = None
         if STDIN in config.inputs:
-            spool = inputs.spool(sys.stdin.buffer, self.state)
+            source = sys.stdin.buffer if self.rows is None else self.rows
+            spool = inputs.spool(source, self.state)
         output = None if config.to_stdout else Path(config.output)
         return inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
 
