@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from batchrun import answers, prompts, retry
 from batchrun.config import STDIN, STDOUT, JSONValue, RunConfig, default_output, output_format
-from batchrun.delivery import admission_for, outcome_of, persistence_for, refusal
+from batchrun.delivery import admission_for, outcome_of, persistence_for, refusal, watch_limits
 from batchrun.errors import BatchrunError, UsageError
 from batchrun.pool import Feed, Pool, Send
 from batchrun.progress import Progress
@@ -147,12 +147,13 @@ class _Session:
         self._room = asyncio.Event()
         self._ended = False
         # Bounded by the results unread: a put that waited would stop the loop.
+        self._limits = admission_for(config, host)
         self._feed = Feed(max_rows=2 * UNREAD_RESULTS, max_bytes=sys.maxsize)
         self._pool = Pool(
             feed=self._feed,
             send=send,
             judge=retry.classify,
-            admission=admission_for(config, host),
+            admission=self._limits,
             persistence=persistence_for(config),
             desk=self,
             drain_s=0.0,
@@ -164,11 +165,15 @@ class _Session:
     async def run(self, rows: Iterator[str | Mapping[str, JSONValue]]) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                reading = group.create_task(self._read(rows))
+                helpers = [
+                    group.create_task(self._read(rows)),
+                    group.create_task(watch_limits(self._limits, self._pool)),
+                ]
                 try:
                     await self._pool.run()
                 finally:
-                    reading.cancel()
+                    for helper in helpers:
+                        helper.cancel()
         finally:
             self._ended = True
             self._news.set()

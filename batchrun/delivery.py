@@ -30,7 +30,6 @@ from batchrun.types import (
     Bound,
     Decision,
     Outcome,
-    OutcomeKind,
     Reply,
     Request,
     Tries,
@@ -115,7 +114,7 @@ async def deliver(
     ):
         reading = loop.run_in_executor(reader, _read_ahead, requests, feed, loop, pool)
         helpers = [
-            asyncio.create_task(_tick(limits, pool, meter, talk)),
+            asyncio.create_task(watch_limits(limits, pool, lambda: talk.update(meter.sample()))),
             asyncio.create_task(_keep_durable(journal, pool, syncer, meter, watch)),
         ]
         try:
@@ -174,14 +173,17 @@ def _read_ahead(
     loop.call_soon_threadsafe(pool.staff)
 
 
-async def _tick(limits: Limits, pool: Pool, meter: _Meter, talk: Progress) -> None:
+async def watch_limits(
+    limits: Limits, pool: Pool, each_tick: Callable[[], None] = lambda: None
+) -> None:
+    """Ask the limits five times a second whether going on is of use; runs until cancelled."""
     while True:
         await asyncio.sleep(TICK_S)
         verdict = limits.stop(time.monotonic())
         if verdict is not None and not pool.stopping:
             pool.stop(verdict)
         pool.staff()
-        talk.update(meter.sample())
+        each_tick()
 
 
 async def _keep_durable(
@@ -299,28 +301,6 @@ def outcome_of(request: Request, attempt: Attempt, decision: Decision, tries: Tr
         finished_at_ms=attempt.finished_at_ms,
         usage=_usage(reply),
         body=body,
-    )
-
-
-def gave_up(request: Request, code: str, message: str, kind: OutcomeKind = "transient") -> Outcome:
-    """The outcome of a row that is not sent again, settled without an attempt of this run."""
-    return Outcome(
-        hash=request.hash,
-        occurrence=request.occurrence,
-        kind=kind,
-        final=True,
-        attempts=0,
-        in_doubt=request.in_doubt,
-        http_status=None,
-        code=code,
-        message=message,
-        request_id="",
-        model=request.model,
-        latency_s=None,
-        ttft_s=None,
-        finished_at_ms=int(time.time() * 1000),
-        usage=_usage(None),
-        body=b"",
     )
 
 

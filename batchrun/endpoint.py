@@ -69,6 +69,7 @@ class ChatEndpoint:
         self._proxy = proxy_for(endpoint.url) if proxied else None
         self._secrets = [endpoint.key] if endpoint.key else []
         self._secrets += [value for _, value in headers]
+        self._secret_bytes = [secret.reveal().encode() for secret in self._secrets]
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -156,6 +157,10 @@ class ChatEndpoint:
             body, failure = stream.body(), stream.problem
         else:
             body = await _whole(response)
+        for secret in self._secret_bytes:
+            # Some endpoints quote the key they refuse; it must not reach journal or report.
+            if secret in body:
+                body = body.replace(secret, b"[key]")
         return Attempt(
             status=response.status,
             headers=response.headers,

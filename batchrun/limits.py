@@ -59,7 +59,7 @@ from msgspec import Struct
 from batchrun.errors import StoppedEarly
 from batchrun.types import Attempt, Bound, Decision, Request
 
-Phase = Literal["slow start", "hold", "probe", "cut"]
+Phase = Literal["slow start", "hold", "probe", "cut", "undo"]
 
 # --- Quota ---------------------------------------------------------------------------------------
 
@@ -121,12 +121,13 @@ SURGE = 1.1
 # Halving empties the slots of a server whose queue is short; at 0.9 a capacity that halved takes
 # seven bursts of refusals to find.
 CUT = 0.7
-# A cut that lost this much throughput went below capacity, where nobody has a reason to refuse. If
-# refusals go on all the same they are not about the window: heeding them ends at a window of 1.
-CUT_COST = 0.85
+# A cut that cost throughput went below capacity, where nobody has a reason to refuse. If refusals
+# go on all the same, and undoing the cut brings this much back, they are not about the window (some
+# gateways refuse at random): heeding them would end at a window of 1.
+UNDO_GAIN = 1.15
 # For how long refusals are then not heard; doubled each time, as every test costs a cut.
-MIN_TOLERANCE_S = 2.0
-MAX_TOLERANCE_S = 120.0
+MIN_TOLERANCE_S = 30.0
+MAX_TOLERANCE_S = 300.0
 # More refusals than this, and than answers, since the last change need no further judgement; fewer
 # can be chance.
 MIN_FLOOD = 8
@@ -626,7 +627,7 @@ class _Window:
             return
         self._refusals += 1
         # A cut is judged before the next one, unless it plainly was not enough.
-        waits = self._phase == "cut" or now < self._tolerant_until
+        waits = self._phase in ("cut", "undo") or now < self._tolerant_until
         if waits and self._refusals <= max(MIN_FLOOD, self.delivered - self._delivered_before):
             return
         why = f"refused ({code})" if code else "overloaded"
@@ -637,7 +638,7 @@ class _Window:
         self._before = self._level() if self._samples >= MIN_ROUND else self._judged
         self._phase = "cut"
         self._resize(max(1, int(self.size * CUT)), why, now)
-        self._begin_round(now, self._growth_round())
+        self._begin_round(now, max(MIN_ROUND, self.size))
 
     def suggest(self, requests_per_s: float, now: float) -> None:
         """Begin where a quota just learned says that work will be."""
@@ -692,8 +693,10 @@ class _Window:
             self._judge_hold(level, now)
         elif self._phase == "probe":
             self._judge_probe(level, now)
-        else:
+        elif self._phase == "cut":
             self._judge_cut(level, now)
+        else:
+            self._judge_undo(level, now)
 
     def _judge_growth(self, level: _Level, now: float) -> None:
         before = self._before
@@ -733,23 +736,33 @@ class _Window:
     def _judge_cut(self, level: _Level, now: float) -> None:
         before = self._before
         assert before is not None
-        if level.rate < CUT_COST * before.rate and self._refusals:
-            self._tolerance_s = min(MAX_TOLERANCE_S, 2 * self._tolerance_s)
+        if level.rate > before.rate / NOISE:
+            self._hold(now)
+        elif self._refusals:
+            # Below capacity nobody has a reason to refuse: does the throughput come back?
+            self._phase = "undo"
+            self._before = level
             self._resize(before.size, "fewer in flight are refused all the same", now)
-            self._tolerate(now)
-            self._hold(now, pause_s=0.0)
-            return
-        self._tolerance_s = MIN_TOLERANCE_S
-        if level.rate < before.rate / NOISE and self._ceiling is not None:
+            self._begin_round(now, max(MIN_ROUND, self.size))
+        elif self._ceiling is not None:
             # The cut went below capacity, which is thus known to lie between the two.
             self._probe(level, "the cut cost throughput", now)
-        else:
-            self._hold(now)
+
+    def _judge_undo(self, level: _Level, now: float) -> None:
+        before = self._before
+        assert before is not None
+        if level.rate < UNDO_GAIN * before.rate:
+            self._tolerance_s = MIN_TOLERANCE_S
+            self._back_off(before.size, "fewer in flight deliver as much", now)
+            return
+        pause_s = max(self._tolerance_s, HOLD_LATENCIES * self.latency_s)
+        self._tolerance_s = min(MAX_TOLERANCE_S, 2 * self._tolerance_s)
+        self._tolerant_until = now + pause_s
+        self._ceiling = None
+        self._hold(now, pause_s=0.0)
 
     def _grow(self, level: _Level, now: float) -> None:
         self._before = level
-        if now < self._tolerant_until:
-            self._tolerate(now)
         if self.size >= self._cap:
             self._hold(now)
             return
@@ -780,10 +793,6 @@ class _Window:
         self._before = None
         self._probe_at = now + (self._pause_s() if pause_s is None else pause_s)
         self._begin_round(now, self._careful_round())
-
-    def _tolerate(self, now: float) -> None:
-        self._ceiling = None
-        self._tolerant_until = now + max(self._tolerance_s, HOLD_LATENCIES * self.latency_s)
 
     def _pause_s(self) -> float:
         return max(self._hold_s, min(MAX_HOLD_S, HOLD_LATENCIES * self.latency_s))

@@ -7,11 +7,14 @@ a row's answer without hashing again. Per row it keeps four bytes here and those
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import msgspec
 
 from batchrun import inputs, prompts
 from batchrun.config import RunConfig
@@ -20,7 +23,7 @@ from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, Row
 from batchrun.journal import Held, Journal
 from batchrun.outputs import InvalidRow, Slice
 from batchrun.prompts import Body, Builder, Invalid, Layout, PromptSettings
-from batchrun.types import Outcome, Request
+from batchrun.types import IN_DOUBT, NO_USAGE, Outcome, Request
 
 # The slot of a row that cannot become a request.
 INVALID = 0xFFFFFFFF
@@ -200,6 +203,55 @@ def _count_replaced(counts: Counts, layout: Layout, row: Row | BadRow, config: R
         own = fields.get(name)
         if own is not None and own != config.params[name]:
             counts.params_replaced[name] += 1
+
+
+def give_up_doubtful(plan: Plan, journal: Journal, max_in_doubt: int) -> int:
+    """Settle the rows whose attempts of earlier runs may have been billed too often; how many.
+
+    They end with the error code ``in_doubt``, and only --retry-failed sends them again.
+    """
+    if not journal.attempts_in_doubt:
+        return 0
+    given_up = 0
+    for slot in plan.slots:
+        if slot == INVALID or journal.in_doubt(slot) <= max_in_doubt:
+            continue
+        held = journal.held(slot)
+        if held is Held.NEW:
+            journal.settled(slot, _unanswered(journal, slot))
+            plan.counts.new -= 1
+        elif held is Held.PASSING:
+            last = journal.read(slot)
+            journal.settled(slot, msgspec.structs.replace(last, final=True, code=IN_DOUBT))
+            plan.counts.retried -= 1
+        else:
+            continue
+        given_up += 1
+    plan.counts.held_failed += given_up
+    journal.flush()
+    return given_up
+
+
+def _unanswered(journal: Journal, slot: int) -> Outcome:
+    attempts = journal.in_doubt(slot)
+    return Outcome(
+        hash=journal.hash(slot),
+        occurrence=journal.occurrence(slot),
+        kind="transient",
+        final=True,
+        attempts=attempts,
+        in_doubt=attempts,
+        http_status=None,
+        code=IN_DOUBT,
+        message=f"{attempts} attempts were cut off, and each may have been billed",
+        request_id="",
+        model="",
+        latency_s=None,
+        ttft_s=None,
+        finished_at_ms=int(time.time() * 1000),
+        usage=NO_USAGE,
+        body=b"",
+    )
 
 
 def is_to_send(held: Held, config: RunConfig) -> bool:

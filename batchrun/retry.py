@@ -774,6 +774,9 @@ class Policy:
             return GiveUp(decision.code, final=decision.kind == "rejected")
         if decision.kind == "rate_limit":
             return self._after_refusal(tally, decision, others_succeed)
+        if decision.unreachable:
+            # No row's fault, so it ends none: an outage is for the limits to judge.
+            return _pause(self._retries, tally.attempts, decision)
         if decision.in_doubt and _is_spent(self._in_doubt, tally.in_doubt, decision):
             return GiveUp(IN_DOUBT, final=True)
         if _is_spent(self._retries, tally.retries + 1, decision):

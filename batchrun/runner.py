@@ -197,6 +197,8 @@ class _Run:
             plan.make_plan, self.sources, self.config, self.book, self.stop.check
         )
         self.book.forget_passes()
+        if not self.config.retry_failed:
+            plan.give_up_doubtful(self.plan, self.book, self.config.max_in_doubt_retries)
         self._check_limit()
         self.ok_before = self.book.count(Held.OK)
         self._say_start(files)

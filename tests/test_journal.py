@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -944,6 +947,67 @@ def test_removing_the_state_under_the_lock_never_lets_two_in(state: Path, tmp_pa
             _, problems = racer.communicate(timeout=60)
             assert (racer.returncode, problems) == (0, "")
     assert not state.exists()
+
+
+def test_a_lock_file_that_was_removed_while_we_opened_it_is_no_lock(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run ends exactly between the second one's open and its flock."""
+    flock = room._flock
+    with lock(state) as first:
+
+        def flock_too_late(fd: int, how: int) -> bool:
+            monkeypatch.setattr(room, "_flock", flock)
+            first.remove_state()
+            return flock(fd, how)
+
+        monkeypatch.setattr(room, "_flock", flock_too_late)
+        with lock(state):
+            with pytest.raises(Locked), lock(state):
+                pass
+            assert holder(state) is not None
+
+
+def test_the_lock_is_held_until_its_file_is_gone(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+    tried = []
+
+    def unlink_while_another_starts(path: Path, missing_ok: bool = False) -> None:
+        with pytest.raises(Locked), lock(state):
+            pass
+        tried.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    with lock(state) as held:
+        fill(state)
+        monkeypatch.setattr(Path, "unlink", unlink_while_another_starts)
+        held.remove_state()
+    assert tried[-1] == "lock"
+    assert not state.exists()
+
+
+def test_a_holder_without_a_name_yet_is_not_taken_for_its_dead_predecessor(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with spawn(HOLD, state) as dead:
+        assert dead.stdout is not None
+        dead.stdout.readline()
+    dead.wait()
+    fd = os.open(state / "lock", os.O_RDWR)
+    assert json.loads(os.pread(fd, 1000, 0))["pid"] == dead.pid
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    name = msgspec.json.encode(Holder(pid=os.getpid(), host=socket.gethostname(), since_ms=0))
+
+    def write_the_name(_: float) -> None:
+        os.pwrite(fd, name, 0)
+        os.ftruncate(fd, len(name))
+
+    monkeypatch.setattr(room.time, "sleep", write_the_name)
+    with pytest.raises(Locked, match=f"pid {os.getpid()} on .* since 19"), lock(state):
+        pass
+    os.close(fd)
 
 
 def test_readers_of_the_lock_do_not_keep_a_run_out(state: Path) -> None:

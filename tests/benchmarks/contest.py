@@ -130,8 +130,8 @@ def _recoveries(profile: Profile, samples: Samples) -> Iterator[str]:
     for name, runs in samples.items():
         times = [_recovery_s(s.books, profile.endpoint) for s in runs]
         found = [t for t in times if t is not None]
-        said = f"{Spread.of(found).show()} s" if len(found) == len(times) else "not in every round"
-        yield f"{name}: {SETTLED_S} s at 95 % of the halved capacity after {said}"
+        said = f"after {Spread.of(found).show()} s" if len(found) == len(times) else "not seen"
+        yield f"{name}: {SETTLED_S} s in a row at 95 % of the halved capacity: {said}"
 
 
 def _recovery_s(books: Books, endpoint: Endpoint) -> float | None:
