@@ -47,7 +47,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
 from struct import error as StructError
-from typing import NamedTuple, NoReturn, get_args
+from typing import NamedTuple, NoReturn
 
 import msgspec
 from msgspec.structs import astuple, replace
@@ -89,7 +89,15 @@ _POSITION = Struct("<Q")
 _TYPED_NUMBERS = Struct("<B16sIBBHIIqdd5qI")
 _NUMBERS = Struct("<16sIBBHIIqdd5qI")  # the last is the length of the JSON after it
 _REPLAYED = Struct("<16sIBB6xI24x5q")  # of those: hash, occurrence, kind, flags, in doubt, tokens
-_KINDS: tuple[OutcomeKind, ...] = get_args(OutcomeKind)
+# Their numbers are on disk: append, never reorder.
+_KINDS: tuple[OutcomeKind, ...] = (
+    "ok",
+    "rejected",
+    "rate_limit",
+    "transient",
+    "timeout",
+    "invalid_response",
+)
 _KIND_NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
 _OK = _KIND_NUMBER["ok"]
 _FINAL, _REBUILT = 1, 2
@@ -99,7 +107,6 @@ _MOST_TOKENS = (1 << 63) - 1
 
 # A position is a segment's number and a byte offset in it, so positions compare as the log runs.
 _OFFSET_BITS = 40
-_OFFSET = (1 << _OFFSET_BITS) - 1
 
 _BLOCK = 1 << 20
 _LONGEST = 1 << 33  # more than any length field says
@@ -186,6 +193,7 @@ class Journal:
                 return self
             self._adopt(contents, _repair(state, contents))
             self._continue_last_segment()
+            self._note_unsynced(contents.durable)
         return self
 
     @classmethod
@@ -223,6 +231,15 @@ class Journal:
     def _continue_last_segment(self) -> None:
         path = _segment_path(self.run_path, self._segment)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+
+    def _note_unsynced(self, durable: int) -> None:
+        """A killed process may have left records that are written but not yet durable."""
+        segment, offset = divmod(durable, 1 << _OFFSET_BITS)
+        for number in range(max(segment, 1), self._segment):
+            with _opened(_segment_path(self.run_path, number)) as fd:
+                _make_durable(fd)
+        after_sync = self._size - offset - len(_frame(SYNC, _POSITION.pack(0), 0))
+        self._dirty = segment != self._segment or after_sync > 0
 
     # ── what is held ─────────────────────────────────────────────────────────────────────────────
 
@@ -487,6 +504,10 @@ class Journal:
 
         with _reporting(target, "move the journal"):
             _make_private(target)
+            # A first segment there is an older journal, whole; without one it is this one's rest,
+            # from a move that was killed.
+            if _segment_path(target, 1).exists():
+                _dispose(target, lambda path: path.unlink())
         self._leave(move)
 
     def _leave(self, dispose: Callable[[Path], object]) -> None:
@@ -494,13 +515,8 @@ class Journal:
             self._refuse()
         self.close()
         self._buffer, self._pending = bytearray(), []
-        # The last segment first: what a kill leaves behind is then a shorter journal, whole.
         with _reporting(self.run_path, "move the journal"):
-            for number in reversed(_segment_numbers(self.run_path)):
-                segment = _segment_path(self.run_path, number)
-                if (index := segment.with_suffix(".idx")).exists():
-                    dispose(index)
-                dispose(segment)
+            _dispose(self.run_path, dispose)
             _sync_directory(self.run_path)
 
 
@@ -834,31 +850,30 @@ def _repair(state: Path, contents: _Contents) -> Recovery:
     """Cut the tail and fill the holes, so that they are found once only."""
     cut_bytes = holes = hole_bytes = 0
     for gap in contents.gaps:
-        size = contents.sizes[gap.segment - 1]
         length = gap.end - gap.start
-        is_tail = gap.segment == len(contents.sizes) and gap.end == size
-        # Between frames a gap is at least a frame long; a shorter one can only end its file.
-        if is_tail or length < _FRAME.size:
-            cut_bytes += length
+        ends_its_file = gap.end == contents.sizes[gap.segment - 1]
+        # Between two frames at least one was lost, so only at an end is there less than a frame.
+        if length < _FRAME.size and not ends_its_file:
+            raise _damaged(_segment_path(state, gap.segment), gap.start)
+        is_tail = ends_its_file and gap.segment == len(contents.sizes)
+        cut = is_tail or length < _FRAME.size
+        _close_gap(state, gap, _salt(contents.header.run_id, gap.segment), cut=cut)
+        if cut:
             contents.sizes[gap.segment - 1] = gap.start
+            cut_bytes += length
         else:
             holes += 1
             hole_bytes += length
-        _close_gap(state, gap, cut=is_tail or length < _FRAME.size)
     return Recovery(cut_bytes, holes, hole_bytes)
 
 
-def _close_gap(state: Path, gap: _Gap, *, cut: bool) -> None:
-    salt = _salt(_read_header(_segment_path(state, 1))[0].run_id, gap.segment)
-    fd = os.open(_segment_path(state, gap.segment), os.O_WRONLY | os.O_NOFOLLOW)
-    try:
+def _close_gap(state: Path, gap: _Gap, salt: int, *, cut: bool) -> None:
+    with _opened(_segment_path(state, gap.segment)) as fd:
         if cut:
             os.ftruncate(fd, gap.start)
         else:
             _fill(fd, gap.start, gap.end, salt)
         _make_durable(fd)
-    finally:
-        os.close(fd)
 
 
 def _fill(fd: int, start: int, end: int, salt: int) -> None:
@@ -977,6 +992,15 @@ def _make_durable(fd: int) -> None:
         os.fdatasync(fd)
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def _sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -992,6 +1016,15 @@ def _segment_path(state: Path, number: int) -> Path:
 def _segment_numbers(state: Path) -> list[int]:
     names = (path.name for path in state.glob("journal-*.seg"))
     return sorted(int(digits) for name in names if (digits := name[8:-4]).isdecimal())
+
+
+def _dispose(state: Path, dispose: Callable[[Path], object]) -> None:
+    """Take all segments away, the last first: a kill leaves a shorter journal, and a whole one."""
+    for number in reversed(_segment_numbers(state)):
+        segment = _segment_path(state, number)
+        if (index := segment.with_suffix(".idx")).exists():
+            dispose(index)
+        dispose(segment)
 
 
 def _make_private(directory: Path) -> bool:

@@ -121,6 +121,10 @@ SURGE = 1.1
 # Halving empties the slots of a server whose queue is short; at 0.9 a capacity that halved takes
 # seven bursts of refusals to find.
 CUT = 0.7
+# So few refusals among the answers of a round are no overload: gateways drop a request now and
+# then, and a window cut for each of those never grows.
+FEW_REFUSALS = 2
+FEW_SHARE = 0.02
 # A cut that cost throughput went below capacity, where nobody has a reason to refuse. If refusals
 # go on all the same, and undoing the cut brings this much back, they are not about the window (some
 # gateways refuse at random): heeding them would end at a window of 1.
@@ -223,11 +227,9 @@ class Limits:
 
     def done(self, request: Request, attempt: Attempt, decision: Decision, now: float) -> None:
         """Take the attempt's place back and learn from what it brought."""
-        window, flights = self._window, self._flights
-        if len(flights) + len(self._places.held) >= window.size:
-            window.full_s += now - window.filled_at
-            window.filled_at = now
-        admitted_at, delivered = flights.pop(id(request))
+        window = self._window
+        self._count_full(now)
+        admitted_at, delivered = self._flights.pop(id(request))
         model = self._models[request.model]
         if decision.kind == "ok":
             if self._breaker.since is not None or not self._breaker.answered:
@@ -244,10 +246,7 @@ class Limits:
 
     def withdrawn(self, request: Request, now: float) -> None:
         """Take back the place of a request cancelled in flight; its tokens count as spent."""
-        window = self._window
-        if len(self._flights) + len(self._places.held) >= window.size:
-            window.full_s += now - window.filled_at
-            window.filled_at = now
+        self._count_full(now)
         del self._flights[id(request)]
         self._models[request.model].reserved.pop(id(request), None)
         self._breaker.withdrawn(id(request), now)
@@ -275,6 +274,13 @@ class Limits:
             return "endpoint"
         return "input"
 
+    def _count_full(self, now: float) -> None:
+        """Add the time since the last place was taken; called before a place may become free."""
+        window = self._window
+        if len(self._flights) + len(self._places.held) >= window.size:
+            window.full_s += now - window.filled_at
+            window.filled_at = now
+
     def _say(self, change: str) -> None:
         if self.on_change is not None:
             self.on_change(change)
@@ -292,6 +298,7 @@ class Limits:
         if self._breaker.is_open and (wait := self._breaker.wait(now)) > 0.0:
             return wait
         window = self._window
+        self._count_full(now)
         wait = self._places.wait(window.size - len(self._flights), now)
         # An answer frees a place sooner than a refusal's place runs out.
         return min(wait, max(0.001, window.latency_s / window.size))
@@ -354,7 +361,8 @@ class Limits:
         return decision.kind == "timeout" and flight_s < TIMEOUT_LATENCIES * self._window.latency_s
 
     def _close_gate(self, model: _Model, attempt: Attempt, wait_s: float, now: float) -> None:
-        reopening_s = max(MIN_REOPENING_S, self._window.latency_s)
+        # Paced over more than the wait itself, refusals at random that name 50 ms would set the pace.
+        reopening_s = max(min(MIN_REOPENING_S, wait_s), self._window.latency_s)
         model.close_gate(now + wait_s, reopening_s, self._window.size)
         if wait_s > self._settings.max_wait_s and self._verdict is None:
             resets_at_ms = attempt.finished_at_ms + wait_s * 1000
@@ -626,9 +634,12 @@ class _Window:
         if self._is_fixed or admitted_at <= self._resized_at:
             return
         self._refusals += 1
+        answers = self.delivered - self._delivered_before
+        if self._refusals <= FEW_REFUSALS + FEW_SHARE * answers:
+            return
         # A cut is judged before the next one, unless it plainly was not enough.
         waits = self._phase in ("cut", "undo") or now < self._tolerant_until
-        if waits and self._refusals <= max(MIN_FLOOD, self.delivered - self._delivered_before):
+        if waits and self._refusals <= max(MIN_FLOOD, answers):
             return
         why = f"refused ({code})" if code else "overloaded"
         self._ceiling = self.size
@@ -744,7 +755,7 @@ class _Window:
             self._before = level
             self._resize(before.size, "fewer in flight are refused all the same", now)
             self._begin_round(now, max(MIN_ROUND, self.size))
-        elif self._ceiling is not None:
+        else:
             # The cut went below capacity, which is thus known to lie between the two.
             self._probe(level, "the cut cost throughput", now)
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -622,6 +623,29 @@ def test_a_sync_that_was_begun_and_never_run_does_not_stop_the_last_one(state: P
         Journal.open(state, HEADER)
 
 
+def test_what_a_killed_process_left_is_made_durable_by_the_next(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(state, segment_bytes=1_000) as journal:
+        for number in range(20):
+            settle(journal, number)
+    names = {path.stat().st_ino: path.name for path in segments(state)}
+    assert len(names) > 2
+    synced = set()
+    make_durable = room._make_durable
+
+    def watched(fd: int) -> None:
+        synced.add(names.get(os.fstat(fd).st_ino))
+        make_durable(fd)
+
+    monkeypatch.setattr(room, "_make_durable", watched)
+    with opened(state) as journal:
+        journal.sync()
+        assert set(names.values()) <= synced
+    with opened(state) as journal:
+        assert journal.begin_sync() is None
+
+
 def test_a_failed_fsync_is_final(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -760,6 +784,10 @@ def test_reset_begins_with_the_new_header_and_nothing_held(state: Path) -> None:
 def test_a_journal_set_aside_is_whole_where_it_is_now(state: Path, tmp_path: Path) -> None:
     fill(state)
     aside = tmp_path / "aside"
+    with opened(aside, segment_bytes=500) as older:
+        for number in range(80):
+            settle(older, number)
+    assert len(segments(aside)) > len(segments(state))
     with opened(state) as journal:
         journal.set_aside(aside)
         assert Journal.peek(state) is None
@@ -1004,7 +1032,7 @@ def test_a_holder_without_a_name_yet_is_not_taken_for_its_dead_predecessor(
         os.pwrite(fd, name, 0)
         os.ftruncate(fd, len(name))
 
-    monkeypatch.setattr(room.time, "sleep", write_the_name)
+    monkeypatch.setattr(time, "sleep", write_the_name)
     with pytest.raises(Locked, match=f"pid {os.getpid()} on .* since 19"), lock(state):
         pass
     os.close(fd)

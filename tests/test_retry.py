@@ -1455,7 +1455,7 @@ def policy(max_retries: int = 5, max_in_doubt: int = 2, max_wait_s: float = 600.
 
 def steps(of: Policy, decision: Decision, *, tally: Tally | None = None) -> Iterator[Wait | GiveUp]:
     tally = tally or Tally()
-    while True:
+    for _ in range(100):
         step = of.next(tally, decision)
         yield step
         if isinstance(step, GiveUp):
@@ -1622,3 +1622,15 @@ def test_refusals_end_a_row_only_while_others_of_its_model_are_answered() -> Non
 
     assert refusals("b", 100) == 100
     assert refusals("a", 100) <= MAX_REFUSALS + 1
+
+
+def test_what_was_answered_before_the_first_refusal_does_not_count() -> None:
+    memory, refused = persistence(), request(row=0)
+    memory.after(refused, TRANSIENT)
+    memory.settle(request(row=1))
+    verdicts = []
+    for row in range(MAX_REFUSALS):
+        verdicts.append(memory.after(refused, REFUSED))
+        memory.settle(request(row=row + 2))
+    assert all(verdict.wait_s is not None for verdict in verdicts)
+    assert memory.after(refused, REFUSED).wait_s is None

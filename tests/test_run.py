@@ -1,0 +1,893 @@
+"""Whole runs against a real server: what is sent, what is kept, what comes out, which code ends it.
+
+Every test is a story of contract §4–§6, told with the command line and read back from the file,
+the journal and the server's ledger. Where a signal or a death is the point, the run is a process of
+its own; everywhere else the command runs in this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun.cli import run_command
+from batchrun.journal import Journal
+from batchrun.mock_server import (
+    Knobs,
+    MockReply,
+    MockRequest,
+    MockServerThread,
+    Respond,
+    completion,
+    error_reply,
+    fault_reply,
+)
+
+ROOT = Path(__file__).parent.parent
+WAIT_S = 30.0  # for events of another process; reached only when something is broken
+
+
+class StartMock(Protocol):
+    def __call__(
+        self, knobs: Knobs | None = None, *, respond: Respond | None = None
+    ) -> MockServerThread: ...
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        parsed: dict[str, Any] = json.loads(self.out)
+        return parsed
+
+
+Submit = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty directory, and no key, option or proxy of whoever runs the tests."""
+    for name in list(os.environ):
+        if name.startswith("BATCHRUN_") or name.endswith(("_API_KEY", "_BASE_URL")):
+            monkeypatch.delenv(name)
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def submit(capsys: pytest.CaptureFixture[str]) -> Submit:
+    """``submit("a.jsonl", "-c", 4)`` as on the command line, in this process."""
+
+    def run(*args: object) -> Ended:
+        code = run_command(["submit", *map(str, args)])
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@contextlib.contextmanager
+def running(*args: object, **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """``batchrun submit …`` as a process of its own; killed if it is still there at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchrun", "submit", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **more,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def end_of(process: subprocess.Popen[str], stdin: str | None = None) -> Ended:
+    out, err = process.communicate(stdin, timeout=WAIT_S)
+    return Ended(process.returncode, out, err)
+
+
+def question(number: int) -> str:
+    return f"Question {number}?"
+
+
+def write_rows(numbers: Sequence[int], path: str = "in.jsonl", **more: object) -> Path:
+    """A file with one row a number: ``n``, its prompt, and ``more`` in every row."""
+    file = Path(path)
+    rows = [{"n": n, "prompt": question(n), **more} for n in numbers]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def table(path: str | Path = "in.results.parquet") -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
+    return columns
+
+
+def identity(path: str | Path = "in.results.parquet") -> tuple[int, int, int]:
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def to(server: MockServerThread) -> tuple[str, ...]:
+    return "--base-url", server.url, "-m", "m", "-c", "16"
+
+
+def asked(server: MockServerThread) -> list[int]:
+    """The numbers of the questions the server has received, in order."""
+    return [int(entry.prompt.split()[1][:-1]) for entry in server.ledger.entries if entry.prompt]
+
+
+def slots_of(count: int) -> Callable[[MockRequest], MockReply | None]:
+    """Answer ``count`` requests, then hold every further one back without a word."""
+
+    def respond(request: MockRequest) -> MockReply | None:
+        if request.n <= count:
+            return None
+        return MockReply(raw=b"", ending="hang")
+
+    return respond
+
+
+class Holding:
+    """A server that answers ``count`` requests and lets the test know when more have come."""
+
+    def __init__(self, mock: StartMock, count: int, more: int = 1) -> None:
+        self.reached = threading.Event()
+        self._count, self._at = count, count + more
+        self.server = mock(respond=self._respond)
+
+    def _respond(self, request: MockRequest) -> MockReply | None:
+        if request.n >= self._at:
+            self.reached.set()
+        if request.n <= self._count:
+            return None
+        return MockReply(raw=b"", ending="hang")
+
+    def wait(self) -> None:
+        assert self.reached.wait(WAIT_S)
+
+
+# Every row ends once
+
+
+FAULTS = {
+    "429": 0.025,
+    "429-ms": 0.025,
+    "500": 0.0125,
+    "502": 0.0125,
+    "503": 0.0125,
+    "disconnect": 0.0125,
+    "truncated_json": 0.01,
+    "cut": 0.01,
+}
+
+
+@pytest.mark.parametrize(("rows", "seed"), [(10_000, 0), (300, 1), (300, 2)])
+def test_every_row_ends_once_in_input_order_and_the_tokens_add_up(
+    rows: int, seed: int, mock: StartMock, submit: Submit
+) -> None:
+    server = mock(Knobs(faults=FAULTS, retry_after_s=0.01, seed=seed))
+    write_rows(range(rows))
+    ended = submit("in.jsonl", "--base-url", server.url, "-m", "m", "-c", 64, "--json")
+    answers = table()
+    ledger = server.ledger
+    assert answers["n"] == list(range(rows))
+    assert all(ledger.faults[kind] for kind in FAULTS) or rows < 1000
+    failed = [n for n, status in enumerate(answers["status"]) if status != "ok"]
+    assert len(failed) <= rows // 1000
+    assert ended.code == (3 if failed else 0)
+    assert {answers["error_code"][n] for n in failed} <= {"in_doubt"}
+    for n, (status, response) in enumerate(
+        zip(answers["status"], answers["response"], strict=True)
+    ):
+        assert status == "error" or response == f"[synthetic] {question(n)}"
+    assert ledger.delivered_answers == rows - len(failed)
+    for column, told in (
+        ("prompt_tokens", ledger.delivered.prompt_tokens),
+        ("completion_tokens", ledger.delivered.completion_tokens),
+        ("total_tokens", ledger.delivered.total_tokens),
+    ):
+        assert sum(tokens or 0 for tokens in answers[column]) == told
+    this_run = ended.summary["this_run"]
+    assert this_run["attempts"] == ledger.requests == sum(answers["attempts"])
+    in_doubt = ledger.billed_answers - ledger.delivered_answers
+    assert this_run["in_doubt"] == in_doubt == sum(answers["in_doubt_attempts"])
+    assert this_run["rate_limited"] == ledger.statuses[429]
+
+
+def test_the_request_of_mistrals_introduction_goes_over_the_wire(
+    mock: StartMock, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = mock(Knobs(key="the-key"))
+    monkeypatch.setenv("BATCHRUN_API_KEY", "the-key")
+    row = {
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "Hello!"},
+        ],
+        "stream": False,
+    }
+    Path("in.jsonl").write_text(json.dumps(row) + "\n")
+    assert submit("in.jsonl", "--base-url", server.url, "-m", "Mistral-chat").code == 0
+    (entry,) = server.ledger.entries
+    assert entry.path == "/v1/chat/completions"
+    assert json.loads(entry.body) == {"model": "Mistral-chat", **row}
+    assert entry.body == json.dumps(json.loads(entry.body), separators=(",", ":")).encode()
+    assert entry.headers["Authorization"] == "Bearer the-key"
+    assert entry.headers["Content-Type"] == "application/json"
+
+
+def test_an_input_without_rows_becomes_an_empty_table_with_the_full_schema(submit: Submit) -> None:
+    Path("in.jsonl").write_text("")
+    assert submit("in.jsonl", "--mock").code == 0
+    published = pq.read_table("in.mock.parquet")
+    assert published.num_rows == 0
+    assert {"custom_id", "response", "response_body"} <= set(published.schema.names)
+
+
+def test_a_row_that_cannot_become_a_request_is_an_error_row_and_stops_nothing(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock()
+    Path("in.jsonl").write_text('{"prompt": "Question 0?"}\n{"prompt": \n{"prompt": null}\n')
+    ended = submit("in.jsonl", *to(server))
+    assert ended.code == 3
+    answers = table()
+    assert answers["status"] == ["ok", "error", "error"]
+    assert answers["error_kind"] == [None, "invalid_input", "invalid_input"]
+    assert answers["custom_id"] == ["1", "2", "3"]
+    assert asked(server) == [0]
+    # Recomputed, not remembered: the corrected row is sent, the others are not.
+    Path("in.jsonl").write_text('{"prompt": "Question 0?"}\n{"prompt": "Question 1?"}\n')
+    assert submit("in.jsonl", *to(server)).code == 0
+    assert asked(server) == [0, 1]
+
+
+# Killed and run again
+
+
+def test_no_journaled_answer_is_asked_again_after_kill_9(
+    mock: StartMock, submit: Submit, tmp_path: Path
+) -> None:
+    rows, killed_after = 400, 150
+    holding = Holding(mock, killed_after, more=8)
+    write_rows(range(rows))
+    with running("in.jsonl", "--base-url", holding.server.url, "-m", "m", "-c", 8) as process:
+        holding.wait()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    journaled = held_answers(tmp_path / "in.results.parquet.batchrun")
+    assert journaled == killed_after
+    assert not Path("in.results.parquet").exists()
+    first = {entry.digest for entry in holding.server.ledger.entries if entry.delivered}
+
+    again = mock()
+    ended = submit("in.jsonl", *to(again), "--json")
+    assert ended.code == 0
+    second = {entry.digest for entry in again.ledger.entries}
+    assert not first & second
+    assert again.ledger.requests == rows - journaled
+    assert ended.summary["rows"]["reused"] == journaled
+    # Whether the eight in flight were billed nobody knows.
+    assert sum(table()["in_doubt_attempts"]) == 8
+
+    shutil.copy("in.jsonl", "undisturbed.jsonl")
+    assert submit("undisturbed.jsonl", *to(again)).code == 0
+    assert told_by(table()) == told_by(table("undisturbed.results.parquet"))
+    assert not Path("in.results.parquet.batchrun").exists()
+
+
+def test_killed_at_any_moment_the_next_run_completes(mock: StartMock, submit: Submit) -> None:
+    server = mock(Knobs(latency_s=0.002))
+    write_rows(range(600))
+    chance = random.Random(7)
+    for _ in range(3):
+        wanted = server.ledger.requests + chance.randrange(20, 120)
+        with running("in.jsonl", *to(server)) as process:
+            while server.ledger.requests < wanted and process.poll() is None:
+                pass
+            process.kill()
+            process.wait()
+    assert submit("in.jsonl", *to(server)).code == 0
+    answers = table()
+    assert answers["n"] == list(range(600))
+    assert set(answers["status"]) == {"ok"}
+    # 16 in flight may be asked again after each of three deaths, and nothing else.
+    assert server.ledger.requests <= 600 + 3 * 16
+
+
+def held_answers(state: Path) -> int:
+    book = Journal.peek(state)
+    assert book is not None
+    with contextlib.closing(book):
+        return book.answers
+
+
+def told_by(answers: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that depend on the endpoint's answers alone, not on when and how they came."""
+    own = {"latency_s", "finished_at", "request_id", "in_doubt_attempts", "attempts"}
+    return {name: values for name, values in answers.items() if name not in own}
+
+
+# A finished run
+
+
+@pytest.fixture
+def finished(mock: StartMock, submit: Submit) -> MockServerThread:
+    """in.jsonl with rows 0 to 99, answered and published, by a server that is still there."""
+    server = mock()
+    write_rows(range(100))
+    assert submit("in.jsonl", *to(server)).code == 0
+    assert server.ledger.requests == 100
+    return server
+
+
+def new_questions(server: MockServerThread) -> list[int]:
+    return sorted(asked(server)[100:])
+
+
+def test_the_same_command_sends_nothing_and_leaves_the_file_untouched(
+    finished: MockServerThread, submit: Submit
+) -> None:
+    before = identity()
+    ended = submit("in.jsonl", *to(finished), "--json")
+    assert ended.code == 0
+    assert ended.summary["rows"] | {"duplicate": 0} == {
+        **dict.fromkeys(("error", "pending", "truncated", "filtered", "empty", "duplicate"), 0),
+        **dict.fromkeys(("total", "ok", "reused"), 100),
+    }
+    assert finished.ledger.requests == 100
+    assert identity() == before
+    assert not Path("in.results.parquet.batchrun").exists()
+
+
+def test_edited_appended_and_deleted_rows_cost_the_edited_and_appended_ones(
+    finished: MockServerThread, submit: Submit
+) -> None:
+    numbers = [n + 1000 if n < 10 else n for n in range(100) if n not in (50, 60, 70)]
+    numbers += range(200, 205)
+    write_rows(numbers)
+    ended = submit("in.jsonl", *to(finished), "--json")
+    assert ended.code == 0
+    assert new_questions(finished) == [*range(200, 205), *range(1000, 1010)]
+    answers = table()
+    assert answers["n"] == numbers
+    assert answers["response"] == [f"[synthetic] {question(n)}" for n in numbers]
+    assert ended.summary["backup"] == "in.results.parquet.bak"
+    assert table("in.results.parquet.bak")["n"] == list(range(100))
+    before = identity()
+    assert submit("in.jsonl", *to(finished)).code == 0
+    assert identity() == before
+
+
+def test_other_settings_are_refused_and_the_answers_at_stake_are_counted(
+    finished: MockServerThread, submit: Submit
+) -> None:
+    before = identity()
+    ended = submit("in.jsonl", *to(finished), "--system", "Answer in one word.")
+    assert ended.code == 2
+    assert "100 answers" in ended.err
+    assert "Answer in one word." in ended.err
+    assert finished.ledger.requests == 100
+    assert identity() == before
+    assert not Path("in.results.parquet.batchrun").exists()
+
+
+def test_overwrite_keeps_the_answers_of_other_settings_as_bak(
+    finished: MockServerThread, submit: Submit
+) -> None:
+    other = ("in.jsonl", *to(finished), "--system", "Briefly.", "--overwrite")
+    assert submit(*other).code == 0
+    assert finished.ledger.requests == 200
+    assert table("in.results.parquet.bak")["n"] == list(range(100))
+    # In a crontab: the same command again finds a run begun with these settings.
+    before, backup = identity(), identity("in.results.parquet.bak")
+    assert submit(*other).code == 0
+    assert finished.ledger.requests == 200
+    assert identity() == before
+    assert identity("in.results.parquet.bak") == backup
+
+
+def test_delivery_settings_change_freely(finished: MockServerThread, submit: Submit) -> None:
+    before = identity()
+    ended = submit("in.jsonl", "--base-url", finished.url, "-m", "m", "--stream", "--rpm", 5)
+    assert ended.code == 0
+    assert identity() == before
+
+
+def test_reordered_and_duplicated_rows_find_their_answers(
+    finished: MockServerThread, submit: Submit
+) -> None:
+    numbers = [*range(99, -1, -1), 7, 7]
+    write_rows(numbers)
+    assert submit("in.jsonl", *to(finished)).code == 0
+    assert new_questions(finished) == [7, 7]
+    assert table()["n"] == numbers
+
+
+def test_changed_carried_columns_are_published_without_a_request(
+    finished: MockServerThread, submit: Submit
+) -> None:
+    write_rows(range(100), topic="physics")
+    before = table()
+    assert submit("in.jsonl", *to(finished)).code == 0
+    assert finished.ledger.requests == 100
+    after = table()
+    assert after["topic"] == ["physics"] * 100
+    assert {name: after[name] for name in before} == before
+
+
+def test_changed_publishing_settings_are_published_without_a_request(
+    finished: MockServerThread, submit: Submit
+) -> None:
+    ended = submit("in.jsonl", *to(finished), "--no-response-body", "--carry", "none")
+    assert ended.code == 0
+    answers = table()
+    assert "response_body" not in answers
+    assert "n" not in answers
+    assert answers["response"] == [f"[synthetic] {question(n)}" for n in range(100)]
+    # And back again: the answers are rebuilt from their columns.
+    assert submit("in.jsonl", *to(finished)).code == 0
+    assert finished.ledger.requests == 100
+    assert table()["response"] == answers["response"]
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+@pytest.mark.parametrize("options", [(), ("--no-response-body",)], ids=["whole", "columns"])
+def test_a_published_output_is_the_memory_of_the_next_run(
+    output: str, options: tuple[str, ...], mock: StartMock, submit: Submit
+) -> None:
+    server = mock()
+    command = ("in.jsonl", *to(server), "-o", output, *options)
+    write_rows(range(20))
+    assert submit(*command).code == 0
+    before = identity(output)
+    assert submit(*command).code == 0
+    assert identity(output) == before
+    write_rows([*range(5, 20), 100])
+    ended = submit(*command, "--json")
+    assert ended.code == 0
+    assert asked(server)[20:] == [100]
+    assert ended.summary["rows"]["reused"] == 15
+    assert responses(output) == [f"[synthetic] {question(n)}" for n in [*range(5, 20), 100]]
+
+
+def responses(output: str) -> list[str]:
+    if output.endswith(".parquet"):
+        texts: list[str] = table(output)["response"]
+        return texts
+    lines = [json.loads(line) for line in Path(output).read_text().splitlines()]
+    return [line["response"]["body"]["choices"][0]["message"]["content"] for line in lines]
+
+
+def test_a_trial_with_limit_is_part_of_the_whole_run(mock: StartMock, submit: Submit) -> None:
+    server = mock()
+    write_rows(range(30))
+    command = ("in.jsonl", *to(server))
+    assert submit(*command, "--limit", 10).code == 0
+    assert table()["n"] == list(range(10))
+    assert submit(*command, "-n", 20).code == 0
+    assert submit(*command).code == 0
+    assert sorted(asked(server)) == list(range(30))
+    assert table()["n"] == list(range(30))
+
+
+def test_a_limit_below_what_is_held_is_refused(finished: MockServerThread, submit: Submit) -> None:
+    before = identity()
+    ended = submit("in.jsonl", *to(finished), "--limit", 10)
+    assert ended.code == 2
+    assert "-o trial.parquet" in ended.err
+    assert identity() == before
+    assert not Path("in.results.parquet.batchrun").exists()
+
+
+def test_rejected_rows_wait_for_retry_failed_and_passing_ones_do_not(
+    mock: StartMock, submit: Submit
+) -> None:
+    failing = {1: "400", 2: "500"}
+
+    def respond(request: MockRequest) -> MockReply | None:
+        kind = failing.get(int(request.prompt.split()[1][:-1]))
+        return fault_reply(kind, request) if kind else None
+
+    server = mock(respond=respond)
+    write_rows(range(4))
+    command = ("in.jsonl", *to(server), "--max-retries", 0)
+    assert submit(*command).code == 3
+    assert table()["error_kind"] == [None, "rejected", "transient", None]
+    failing.clear()
+    assert submit(*command).code == 3
+    assert asked(server)[4:] == [2]
+    before = identity()
+    assert submit(*command).code == 3
+    assert identity() == before
+    assert submit(*command, "--retry-failed").code == 0
+    assert asked(server)[5:] == [1]
+    assert set(table()["status"]) == {"ok"}
+    assert submit(*command, "--retry-failed").code == 0
+    assert server.ledger.requests == 6
+
+
+def test_allowed_failures_end_with_0(mock: StartMock, submit: Submit) -> None:
+    server = mock(respond=lambda r: fault_reply("400", r) if question(3) in r.prompt else None)
+    write_rows(range(10))
+    assert submit("in.jsonl", *to(server), "--allow-failures", "5%").code == 3
+    assert submit("in.jsonl", *to(server), "--allow-failures", "10%").code == 0
+    assert submit("in.jsonl", *to(server), "--allow-failures", 1).code == 0
+
+
+def test_mock_and_real_never_mix(mock: StartMock, submit: Submit) -> None:
+    server = mock()
+    write_rows(range(3))
+    assert submit("in.jsonl", "--mock", "-o", "out.parquet").code == 0
+    ended = submit("in.jsonl", *to(server), "-o", "out.parquet")
+    assert ended.code == 2
+    assert "synthetic" in ended.err
+    assert server.ledger.requests == 0
+    assert submit("in.jsonl", *to(server), "-o", "real.parquet").code == 0
+    assert submit("in.jsonl", "--mock", "-m", "m", "-o", "real.parquet").code == 2
+
+
+def test_answers_of_rows_that_are_gone_survive_in_the_state(
+    mock: StartMock, submit: Submit
+) -> None:
+    holding = Holding(mock, 10)
+    write_rows(range(20))
+    with running("in.jsonl", "--base-url", holding.server.url, "-m", "m", "-c", 1) as process:
+        holding.wait()
+        process.kill()
+    # Three answered rows are deleted before the run ever published.
+    write_rows(range(3, 20))
+    server = mock()
+    ended = submit("in.jsonl", *to(server), "--json")
+    assert ended.code == 0
+    assert server.ledger.requests == 10
+    assert any("3 answers" in note for note in ended.summary["notes"])
+    before = identity()
+    ended = submit("in.jsonl", *to(server), "--json")
+    assert ended.code == 0
+    assert identity() == before
+    assert not Path("in.results.parquet.bak").exists()
+    # Whoever puts the rows back gets the answers back.
+    write_rows(range(20))
+    assert submit("in.jsonl", *to(server)).code == 0
+    assert server.ledger.requests == 10
+    assert table()["response"] == [f"[synthetic] {question(n)}" for n in range(20)]
+    assert not Path("in.results.parquet.batchrun").exists()
+
+
+# The input
+
+
+def test_an_input_that_changes_while_it_is_read_is_not_published(
+    mock: StartMock, submit: Submit
+) -> None:
+    path = write_rows(range(20))
+
+    def respond(request: MockRequest) -> MockReply | None:
+        if request.n == 10:
+            with path.open("a") as file:
+                file.write('{"n": 99, "prompt": "Question 99?"}\n')
+        return None
+
+    server = mock(respond=respond)
+    ended = submit("in.jsonl", *to(server), "--json")
+    assert ended.code == 75
+    assert "changed" in ended.summary["reason"]
+    assert not Path("in.results.parquet").exists()
+    assert submit("in.jsonl", *to(server)).code == 0
+    assert sorted(asked(server)) == [*range(20), 99]
+
+
+def test_stdin_is_remembered_by_its_rows(mock: StartMock) -> None:
+    server = mock()
+    rows = "".join(json.dumps({"prompt": question(n)}) + "\n" for n in range(5))
+    command = ("-", *to(server), "-o", "out.parquet")
+    with running(*command, stdin=subprocess.PIPE) as process:
+        assert end_of(process, rows).code == 0
+    before = identity("out.parquet")
+    with running(*command, stdin=subprocess.PIPE) as process:
+        assert end_of(process, rows).code == 0
+    assert identity("out.parquet") == before
+    with running(*command, stdin=subprocess.PIPE) as process:
+        assert end_of(process, rows + '{"prompt": "Question 5?"}\n').code == 0
+    assert asked(server)[5:] == [5]
+
+
+def test_lines_on_stdout_can_be_resumed_with_a_state(mock: StartMock, submit: Submit) -> None:
+    server = mock()
+    write_rows(range(5))
+    ended = submit("in.jsonl", *to(server), "-o", "-", "--state", "state")
+    assert ended.code == 0
+    assert len(ended.out.splitlines()) == 5
+    again = submit("in.jsonl", *to(server), "-o", "-", "--state", "state")
+    assert again.code == 0
+    assert again.out == ended.out
+    assert server.ledger.requests == 5
+
+
+def test_several_files_become_one_table_in_the_order_given(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock()
+    write_rows(range(3), "b.jsonl")
+    packed = write_rows(range(3, 5), "plain.jsonl").read_bytes()
+    Path("a.jsonl.gz").write_bytes(gzip.compress(packed))
+    pq.write_table(pa.table({"n": [5], "prompt": [question(5)]}), "c.parquet")
+    ended = submit("b.jsonl", "a.jsonl.gz", "c.parquet", *to(server), "-o", "out.parquet")
+    assert ended.code == 0
+    assert table("out.parquet")["n"] == list(range(6))
+    assert table("out.parquet")["custom_id"] == [str(n) for n in range(1, 7)]
+
+
+# What is wrong before or while running
+
+
+def broken_inputs() -> dict[str, tuple[Callable[[], object], int, str]]:
+    def truncated() -> None:
+        pq.write_table(pa.table({"prompt": [question(n) for n in range(1000)]}), "in.parquet")
+        os.truncate("in.parquet", 600)
+
+    def useless() -> None:
+        pq.write_table(pa.table({"id": [1], "question": ["Why?"]}), "in.parquet")
+
+    return {
+        "missing": (lambda: None, 2, "in.parquet"),
+        "truncated": (truncated, 74, "in.parquet"),
+        "text": (lambda: Path("in.parquet").write_text("Why is the sky blue?\n"), 74, "in.parquet"),
+        "no column": (useless, 2, "--prompt-column question"),
+    }
+
+
+@pytest.mark.parametrize("case", broken_inputs())
+def test_an_input_that_cannot_be_read_is_one_clear_line(
+    case: str, mock: StartMock, submit: Submit
+) -> None:
+    make, code, said = broken_inputs()[case]
+    make()
+    server = mock()
+    ended = submit("in.parquet", *to(server))
+    assert ended.code == code
+    assert said in ended.err
+    assert "Traceback" not in ended.err
+    assert server.ledger.requests == 0
+    assert {path.name for path in Path().iterdir()} <= {"in.parquet"}
+
+
+def test_a_truncated_gzip_is_a_local_error(mock: StartMock, submit: Submit) -> None:
+    packed = gzip.compress(write_rows(range(5000)).read_bytes())
+    Path("in.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    ended = submit("in.jsonl.gz", *to(mock()))
+    assert ended.code == 74
+    assert "in.jsonl.gz" in ended.err
+
+
+@pytest.mark.parametrize("output", ["/proc/out.parquet", "/proc/self/out.jsonl"])
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_sent(
+    output: str, mock: StartMock, submit: Submit
+) -> None:
+    if not Path("/proc/self").is_dir():
+        output = "/dev/fd/out.parquet"
+    server = mock()
+    write_rows(range(3))
+    ended = submit("in.jsonl", *to(server), "-o", output)
+    assert ended.code == 74
+    assert output in ended.err
+    assert server.ledger.requests == 0
+    assert submit("in.jsonl", *to(server), "-o", output, "--state", "state").code == 74
+    assert server.ledger.requests == 0
+
+
+@pytest.mark.parametrize("output", ["in.jsonl/out.parquet", "nowhere/out.parquet"])
+def test_an_output_without_a_directory_is_a_usage_error(
+    output: str, mock: StartMock, submit: Submit
+) -> None:
+    server = mock()
+    write_rows(range(3))
+    assert submit("in.jsonl", *to(server), "-o", output).code == 2
+    assert server.ledger.requests == 0
+
+
+def test_a_file_of_somebody_else_is_never_replaced(mock: StartMock, submit: Submit) -> None:
+    server = mock()
+    write_rows(range(3))
+    pq.write_table(pa.table({"precious": [1]}), "out.parquet")
+    before = identity("out.parquet")
+    ended = submit("in.jsonl", *to(server), "-o", "out.parquet")
+    assert ended.code == 2
+    assert "--overwrite" in ended.err
+    assert identity("out.parquet") == before
+    assert server.ledger.requests == 0
+    assert submit("in.jsonl", *to(server), "-o", "out.parquet", "--overwrite").code == 0
+    assert table("out.parquet.bak") == {"precious": [1]}
+    assert table("out.parquet")["n"] == [0, 1, 2]
+
+
+def refused(kind: str) -> Respond:
+    return lambda request: fault_reply(kind, request)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("401", "refused the key"),
+        ("429-quota", "quota"),
+        ("402", "payment"),
+        ("403", "access"),
+        ("redirect", "redirects to"),
+    ],
+)
+def test_an_endpoint_that_refuses_ends_the_run_and_blames_no_row(
+    kind: str, said: str, mock: StartMock, submit: Submit
+) -> None:
+    server = mock(respond=refused(kind))
+    write_rows(range(200))
+    ended = submit("in.jsonl", *to(server), "--json")
+    assert ended.code == 4
+    summary = ended.summary
+    assert said in summary["reason"]
+    assert summary["state"] == "refused"
+    assert summary["rows"]["pending"] == 200
+    assert summary["rows"]["error"] == 0
+    assert not Path("in.results.parquet").exists()
+    # Nothing new was started after the first refusal was read.
+    assert server.ledger.requests <= 2 * 16
+    assert submit("in.jsonl", *to(mock())).code == 0
+
+
+def test_a_wrong_key_is_never_shown(
+    mock: StartMock, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = mock(Knobs(key="right"))
+    monkeypatch.setenv("WRONG", "wrong-key-0123456789")
+    write_rows(range(3))
+    ended = submit("in.jsonl", *to(server), "--api-key-env", "WRONG", "--log-file", "log.txt")
+    assert ended.code == 4
+    assert "$WRONG" in ended.err or "key" in ended.err
+    everything = ended.err + ended.out + Path("log.txt").read_text()
+    everything += "".join(p.read_bytes().decode("latin-1") for p in Path().glob("*.batchrun/*"))
+    assert "wrong-key" not in everything
+
+
+def test_a_wrong_url_ends_the_run(mock: StartMock, submit: Submit) -> None:
+    server = mock()
+    write_rows(range(3))
+    ended = submit("in.jsonl", "--base-url", f"{server.url}/api/v9", "-m", "m", "--json")
+    assert ended.code == 4
+    assert "404" in ended.summary["reason"]
+    assert ended.summary["rows"]["pending"] == 3
+
+
+def test_an_unknown_model_ends_the_run_and_the_offer_is_named(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock(Knobs(models=("Qwen3-32B", "tiny")))
+    write_rows(range(3))
+    ended = submit("in.jsonl", *to(server))
+    assert ended.code == 4
+    assert '"m"' in ended.err
+    assert "Qwen3-32B" in ended.err
+    assert submit("in.jsonl", "--base-url", server.url, "-m", "tiny").code == 0
+
+
+def test_an_unknown_model_of_one_row_is_that_rows_error(mock: StartMock, submit: Submit) -> None:
+    server = mock(Knobs(models=("m",)))
+    Path("in.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}]}\n'
+        '{"messages": [{"role": "user", "content": "b"}], "model": "nonsense"}\n'
+    )
+    pinned = ("in.jsonl", "--base-url", server.url)
+    Path("config.toml").write_text('model = "m"\n')
+    assert submit(*pinned, "--config", "config.toml").code == 3
+    assert table()["error_kind"] == [None, "rejected"]
+
+
+def closed_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def test_a_closed_port_is_worth_another_try_later(submit: Submit) -> None:
+    write_rows(range(3))
+    url = f"http://127.0.0.1:{closed_port()}"
+    ended = submit("in.jsonl", "--base-url", url, "-m", "m", "--connect-timeout", 1, "--json")
+    assert ended.code == 75
+    assert "cannot reach" in ended.summary["reason"]
+    assert ended.summary["rows"]["pending"] == 3
+    assert not Path("in.results.parquet").exists()
+
+
+def test_a_host_that_does_not_exist_needs_a_person(submit: Submit) -> None:
+    try:
+        socket.getaddrinfo("batchrun.invalid", 443)
+    except socket.gaierror as exc:
+        # Without a network the resolver only says "try later".
+        code = 4 if exc.errno == socket.EAI_NONAME else 75
+    write_rows(range(3))
+    ended = submit("in.jsonl", "--base-url", "https://batchrun.invalid", "-m", "m", "--json")
+    assert ended.code == code
+    assert "batchrun.invalid" in ended.summary["reason"]
+    assert ended.summary["rows"]["pending"] == 3
+
+
+def test_a_redirect_is_not_followed_and_nothing_reaches_the_other_origin(
+    mock: StartMock, submit: Submit
+) -> None:
+    other = mock()
+    server = mock(Knobs(faults={"redirect": 1.0}, redirect_to=f"{other.url}/v1/chat/completions"))
+    write_rows(range(3))
+    ended = submit("in.jsonl", *to(server))
+    assert ended.code == 4
+    assert other.url in ended.err
+    assert other.ledger.requests == 0
+
+
+def test_first_rows_all_rejected_alike_end_the_run_and_stay_pending(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock(Knobs(faults={"422": 1.0}))
+    write_rows(range(500))
+    ended = submit("in.jsonl", "--base-url", server.url, "-m", "m", "-c", 4, "--json")
+    assert ended.code == 4
+    assert "store" in ended.summary["reason"]
+    assert ended.summary["rows"]["pending"] == 500
+    assert ended.summary["rows"]["error"] == 0
+    assert server.ledger.requests <= 20 + 4
+    # The counted rows are asked again once the cause is gone.
+    assert submit("in.jsonl", *to(mock()), "--json").summary["rows"]["ok"] == 500
+
+
+def test_rows_too_long_for_the_model_never_end_a_run_early(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock(Knobs(faults={"context_length": 1.0}))
+    write_rows(range(50))
+    ended = submit("in.jsonl", *to(server), "--json")
+    assert ended.code == 3
+    assert ended.summary["rows"]["error"] == 50
+
+
+def test_abort_after_0_lets_every_row_fail(mock: StartMock, submit: Submit) -> None:
+    server = mock(Knobs(faults={"422": 1.0}))
+    write_rows(range(50))
+    assert submit("in.jsonl", *to(server), "--abort-after", 0).code == 3
+    assert server.ledger.requests == 50
+
+
+def test_a_limit_that_resets_tomorrow_stops_the_run(mock: StartMock, submit: Submit) -> None:
+    daily = {"Retry-After": "86400"}
+    server = mock(
+        respond=lambda r: error_reply(429, "daily limit", headers=daily) if r.n > 5 else None
+    )
+    write_rows(range(50))
+    ended = submit("in.jsonl", "--base-url", server.url, "-m", "m", "-c", 1, "--json")
+    assert ended.code == 75
+    assert "resets at" in ended.summary["reason"]
+    assert ended.summary["rows"]["ok"] == 5
+    assert ended.summary["rows"]["pending"] == 45
+    assert server.ledger.requests == 6
