@@ -257,9 +257,14 @@ class _Desk:
             self._unwritten.clear()
 
     def _compare(self, slot: int, decision: Decision) -> None:
+        if self.reopened:
+            # Those in flight when the run was ended: of the same cause, or no better known.
+            self._journal.reopen(slot)
+            self.reopened += 1
+            return
         slots = self._alike.setdefault(decision.alike, [])
         slots.append(slot)
-        if len(slots) < self._abort_after or self.reopened:
+        if len(slots) < self._abort_after:
             return
         for refused in slots:
             self._journal.reopen(refused)

@@ -122,6 +122,11 @@ class Feed:
         return self._current.popleft()
 
     @property
+    def rows(self) -> int:
+        """How many are ready to be popped."""
+        return self._rows + len(self._current)
+
+    @property
     def exhausted(self) -> bool:
         return self.ended and not self._current and not self._batches
 
@@ -185,7 +190,8 @@ class Pool:
         self._workers = 0
         self._group: asyncio.TaskGroup | None = None
         self._finished = asyncio.Event()
-        self._drain_timer: asyncio.TimerHandle | None = None
+        self._cut_timer: asyncio.TimerHandle | None = None
+        self._bug: BaseException | None = None
         self.cause: BatchrunError | None = None
 
     async def run(self) -> BatchrunError | None:
@@ -196,8 +202,10 @@ class Pool:
             for sleeper in self._idle:
                 if not sleeper.done():
                     sleeper.set_result(None)
-        if self._drain_timer is not None:
-            self._drain_timer.cancel()
+        if self._cut_timer is not None:
+            self._cut_timer.cancel()
+        if self._bug is not None:
+            raise self._bug
         return self.cause
 
     def stop(self, cause: BatchrunError, drain_s: float | None = None) -> None:
@@ -207,10 +215,7 @@ class Pool:
         """
         if self.cause is None or _rank(cause) < _rank(self.cause):
             self.cause = cause
-        drain_s = self._drain_s if drain_s is None else drain_s
-        if self._drain_timer is not None:
-            self._drain_timer.cancel()
-        self._drain_timer = self._loop.call_later(drain_s, self._cut)
+        self._cut_after(self._drain_s if drain_s is None else drain_s)
         self._feed.close()
         for timer in (*self._parked.values(), *self._line_timers.values()):
             timer.cancel()
@@ -219,6 +224,14 @@ class Pool:
         self._lines.clear()
         self._ready.clear()
         self._check_finished()
+
+    def _cut_after(self, drain_s: float) -> None:
+        """Of several stops the earliest end of the drain counts."""
+        if self._cut_timer is not None:
+            if self._cut_timer.when() <= self._loop.time() + drain_s:
+                return
+            self._cut_timer.cancel()
+        self._cut_timer = self._loop.call_later(drain_s, self._cut)
 
     @property
     def stopping(self) -> bool:
@@ -241,12 +254,9 @@ class Pool:
         if self.cause is not None:
             return
         if self._feed.error is not None:
-            error, self._feed.error = self._feed.error, None
-            if not isinstance(error, BatchrunError):
-                raise error
-            self.stop(error)
+            self._reader_failed(self._feed.error)
             return
-        places = self._admission.window - self._admission.in_flight
+        places = min(self._admission.window - self._admission.in_flight, self._work_at_hand())
         while places > 0 and self._idle:
             sleeper = self._idle.popleft()
             if not sleeper.done():
@@ -258,6 +268,17 @@ class Pool:
             places -= 1
             group.create_task(self._work())
         self._check_finished()
+
+    def _reader_failed(self, error: BaseException) -> None:
+        self._feed.error = None
+        if isinstance(error, BatchrunError):
+            self.stop(error)
+        else:
+            self._bug = error
+            self.stop(BatchrunError("the input could not be read on"), drain_s=0.0)
+
+    def _work_at_hand(self) -> int:
+        return len(self._ready) + len(self._lines) + self._feed.rows
 
     async def _work(self) -> None:
         task = asyncio.current_task()
@@ -301,7 +322,8 @@ class Pool:
             self.staff()
 
     def _go_on(self, request: Request, attempt: Attempt, decision: Decision) -> None:
-        if decision.kind == "fatal" or self.cause is not None:
+        stays_pending = self.cause is not None and decision.kind != "rejected"
+        if decision.kind == "fatal" or stays_pending:
             self._desk.failed(request, decision, again=False)
             return
         verdict = self._persistence.after(request, decision)

@@ -595,7 +595,7 @@ def test_an_input_that_changes_while_it_is_read_is_not_published(
 
     server = mock(respond=respond)
     ended = submit("in.jsonl", *to(server), "--json")
-    assert ended.code == 75
+    assert ended.code == 75, ended.err
     assert "changed" in ended.summary["reason"]
     assert not Path("in.results.parquet").exists()
     assert submit("in.jsonl", *to(server)).code == 0
