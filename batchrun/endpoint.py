@@ -15,12 +15,14 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]  # not in its stubs
 
 import aiohttp
 import msgspec
+from aiohttp.connector import Connection
+from multidict import CIMultiDict
 from yarl import URL
 
 from batchrun import answers
@@ -39,6 +41,7 @@ STREAM_SILENCE_S = 120.0
 # aiohttp warns when larger bodies are given as bytes: it would copy them in one go.
 LARGE_BODY_BYTES = 2**20
 MAX_HEADER_BYTES = 64 * 2**10
+LEAN_VERSIONS = ("3.14.",)
 
 
 class ChatEndpoint:
@@ -67,12 +70,23 @@ class ChatEndpoint:
             sock_read=None,
         )
         self._proxy = proxy_for(endpoint.url) if proxied else None
+        # A proxy wants heads of its own.
+        self._is_lean = self._proxy is None and aiohttp.__version__.startswith(LEAN_VERSIONS)
         self._secrets = [endpoint.key] if endpoint.key else []
         self._secrets += [value for _, value in headers]
         self._secret_bytes = [secret.reveal().encode() for secret in self._secrets]
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
+        self._session = self._new_session(lean=self._is_lean)
+        return self
+
+    def _new_session(self, *, lean: bool) -> aiohttp.ClientSession:
+        """``lean`` sends chat completions and nothing else, for a fifth less CPU."""
+        more: dict[str, Any] = {"headers": self._headers}
+        if lean:
+            head = _head(self._url, self._headers)
+            more = {"request_class": type("_Request", (_ChatRequest,), {"head": head})}
+        return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,  # waiting for a pool place would count as the attempt's time
                 keepalive_timeout=KEEPALIVE_S,
@@ -80,14 +94,13 @@ class ChatEndpoint:
                 socket_factory=_keepalive_socket,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._headers,
             timeout=self._timeout,
             auto_decompress=False,
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
             proxy=self._proxy,
+            **more,
         )
-        return self
 
     async def __aexit__(
         self,
@@ -102,12 +115,11 @@ class ChatEndpoint:
 
         A reply is parsed by its Content-Type, whatever was asked for. Only cancellation raises.
         """
-        body = request.body
         started_s = time.monotonic()
         try:
             response = await self._session.post(
                 self._url,
-                data=body if len(body) <= LARGE_BODY_BYTES else io.BytesIO(body),
+                data=self._content(request.body),
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError, ValueError) as exc:
@@ -117,17 +129,23 @@ class ChatEndpoint:
         except (aiohttp.ClientError, OSError) as exc:
             return self._failed(exc, started_s, response)
         finally:
-            # Does nothing after a whole body; any other connection must not be used again.
-            response.close()
+            # A connection whose reply was not read to its end must not be used again.
+            if not response.content.at_eof():
+                response.close()
+
+    def _content(self, body: bytes) -> bytes | io.BytesIO:
+        return body if self._is_lean or len(body) <= LARGE_BODY_BYTES else io.BytesIO(body)
 
     async def models(self) -> list[str]:
         """The model names the endpoint offers to this key, in its order."""
         host = self._endpoint.host
+        url = URL(self._endpoint.models_url, encoded=True)
         try:
-            response = await self._session.get(
-                URL(self._endpoint.models_url, encoded=True), allow_redirects=False
-            )
-            body = await _whole(response)
+            async with (
+                self._new_session(lean=False) as session,
+                session.get(url, allow_redirects=False) as response,
+            ):
+                body = await _whole(response)
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             failure, detail, _ = _explain(exc)
             stopped = EndpointRefused if failure in ("tls", "no_host") else StoppedEarly
@@ -194,6 +212,68 @@ class ChatEndpoint:
             detail=self.scrub(detail),
             sent=sent or response is not None,
         )
+
+
+def _head(url: URL, headers: Mapping[str, str]) -> bytes:
+    """A request's head up to the number that its Content-Length is."""
+    lines = [f"POST {url.raw_path_qs} HTTP/1.1", f"Host: {url.host_port_subcomponent}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "Content-Length: "]).encode("ascii")
+
+
+class _ChatRequest(aiohttp.ClientRequest):
+    """A POST whose head was built once, sent with its body in one write.
+
+    aiohttp builds every head anew, writes head and body through a StreamWriter, and on Python 3.11
+    starts a task for it: together a fifth of a request's CPU. The session's ``request_class`` is
+    the documented place to do otherwise; what this overrides is not, so other versions of aiohttp
+    than those it was tried with get aiohttp's own class.
+    """
+
+    head: ClassVar[bytes] = b""
+    _content: bytes = b""
+
+    def update_headers(self, headers: object) -> None:
+        self.headers = CIMultiDict()
+
+    def update_auto_headers(self, skip_auto_headers: object) -> None:
+        """They are in the head."""
+
+    def update_body_from_data(self, body: bytes, _stacklevel: int = 3) -> None:
+        self._content = body
+
+    def update_transfer_encoding(self) -> None:
+        """The head ends with the Content-Length."""
+
+    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        protocol = conn.protocol
+        transport = protocol.transport if protocol is not None else None
+        if protocol is None or transport is None or transport.is_closing():
+            raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+        content = self._content
+        transport.write(b"%b%d\r\n\r\n%b" % (self.head, len(content), content))
+        protocol.start_timeout()
+        return self.response_class(
+            self.method,
+            self.original_url,
+            writer=None,
+            continue100=None,
+            timer=self._timer,
+            request_info=self.request_info,
+            traces=[],
+            loop=self.loop,
+            session=self._session,
+            stream_writer=_WRITTEN,
+        )
+
+
+class _Written:
+    """What a response wants to know of the writer of its request."""
+
+    output_size = 0
+
+
+_WRITTEN: Any = _Written()
 
 
 class _Model(msgspec.Struct):

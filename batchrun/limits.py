@@ -24,18 +24,26 @@ quota means that our bucket is ahead of theirs: the bucket moves, the window sta
 signal is *delivered throughput*. Each answer is a sample: how many answers arrived while its
 request was in flight, over how long that took (the delivery rate of BBR). It needs no edges of a
 measuring interval, so clumps of answers do not blur it: below capacity a window W at latency L
-yields W/L, above it the capacity, however long the server's queue. A *round* is a window's worth
-of samples of requests admitted after the last change. Slow start doubles while a round delivers
-at least a quarter more than the one before. A round that does not is the plateau, even if the
-server never refuses anything (vLLM queues without bound): hold just above the knee and now and
-then probe a little higher, because capacity changes. A round in which the window was not really
-in use (the input or the quota set the pace) says nothing and changes nothing.
+yields W/L, above it the capacity, however long the server's queue. A *round* lets the first
+generation at a new size pass, which still returns at the old pace, and averages the next. Rounds
+lead from phase to phase:
 
-Only overload shrinks the window: a refusal that nobody explains by a rate, a code that says
-capacity, or timeouts where answers barely make it. One cut per burst: refusals of attempts
-admitted before the cut are the same signal. A cut that costs throughput and brings no fewer
-refusals was no cure (some endpoints refuse at random), so it is undone. A refused attempt keeps
-its place for as long as an answer would have taken: an instant 429 never turns into a spin.
+    slow start   double while a round delivers a quarter more than the one before; the round that
+                 does not has found the plateau, also where nobody ever refuses (vLLM queues
+                 without bound): hold just above the knee
+    hold         now and then probe, or at once when the rate rises by itself: capacity changes
+    probe        a quarter more, or halfway to the size last refused; what paid is kept, and a
+                 probe that paid in full starts growth anew
+    cut          by CUT after a burst of refusals; when it went below capacity, probe upwards
+    undo         below capacity nobody has a reason to refuse. Where refusals go on although the
+                 cut cost throughput, undo it; if that brings the throughput back, they are not
+                 about the window (some gateways refuse at random) and are not heard for a while
+
+A round in which the window was not really in use (the input or the quota set the pace) says
+nothing and changes nothing. Only overload shrinks the window: refusals that no rate explains, a
+code that says capacity, or timeouts where answers barely make it. One cut per burst: refusals of
+attempts admitted before the cut are the same signal. A refused attempt keeps its place for as
+long as an answer would have taken: an instant 429 never turns into a spin.
 
 **Breaker: is anybody there?** Failures across rows without an answer between open it. Then
 nothing is sent but one probe at a time, a real row on the real route, at growing intervals. Any
@@ -103,20 +111,24 @@ SUGGESTED_S = 2.0
 GROWTH_GAIN = 1.25
 # A hold exactly at the knee idles slots whenever answers and refills are out of step.
 HOLD_MARGIN = 1.2
+# Smaller steps disappear in the noise; larger ones flood a server with a short queue.
 PROBE_STEP = 1.25
-# What share of a probe's added window must come back as throughput: less would let noise ratchet
-# the window up, more would refuse real growth, of which the first generation shows only half.
+# What share of a probe's added window must come back as throughput. Less would let noise ratchet
+# the window up; more would end growth on servers that gain less than they are given.
 PROBE_GAIN = 0.4
-# Judging by fewer answers is judging by chance: latencies of completions vary by their own size.
+# Judging by fewer answers is judging by chance: latencies of completions vary by their own size. A
+# doubling is told from a plateau by few; a quarter more needs many.
 MIN_ROUND = 16
 MIN_CAREFUL_ROUND = 128
 # A gain below this share is what chance brings.
 NOISE = 1.03
 # Probing all the time keeps a server with a short queue at its refusals; too rarely, and capacity
-# that came back stays unused. The interval grows while probes find nothing.
+# that came back stays unused. The interval doubles while probes find nothing.
 MIN_HOLD_S = 2.0
-HOLD_LATENCIES = 8.0
 MAX_HOLD_S = 20.0
+HOLD_LATENCIES = 8.0  # where a completion takes a minute, two seconds say nothing
+# A rate that rises this much in a hold, which is sized above the knee, is new capacity; lower,
+# and the noise of one round starts a probe.
 SURGE = 1.1
 # Halving empties the slots of a server whose queue is short; at 0.9 a capacity that halved takes
 # seven bursts of refusals to find.
@@ -139,12 +151,14 @@ MIN_FLOOD = 8
 IN_USE = 0.5
 # A timeout this close to the usual latency is the server's queue; far beyond it is the row's own.
 TIMEOUT_LATENCIES = 3.0
+# Until a round is complete: 0 would let the first refusals spin, a minute would stall them.
 DEFAULT_LATENCY_S = 0.25
 
 # --- Breaker -------------------------------------------------------------------------------------
 
 # Fewer, and a burst of unlucky rows pauses a healthy run; more, and an outage burns more attempts.
 BREAKER_FAILURES = 10
+# Sooner, and a server that restarts is hit while it loads; much later, and a blip costs minutes.
 FIRST_PROBE_S = 1.0
 MAX_PROBE_S = 30.0
 # An endpoint never reached: the first try and the probes after 1, 2, 4 and 8 s, then give up.
@@ -361,7 +375,7 @@ class Limits:
         return decision.kind == "timeout" and flight_s < TIMEOUT_LATENCIES * self._window.latency_s
 
     def _close_gate(self, model: _Model, attempt: Attempt, wait_s: float, now: float) -> None:
-        # Paced over more than the wait itself, refusals at random that name 50 ms would set the pace.
+        # Paced over more than the wait itself, refusals at random that name 50 ms set the pace.
         reopening_s = max(min(MIN_REOPENING_S, wait_s), self._window.latency_s)
         model.close_gate(now + wait_s, reopening_s, self._window.size)
         if wait_s > self._settings.max_wait_s and self._verdict is None:
@@ -533,10 +547,13 @@ class _Bucket:
     __slots__ = ("depth", "rate", "tat", "unit_s")
 
     def __init__(self, rate: float, now: float) -> None:
+        self._set_rate(rate)
+        self.tat = now
+
+    def _set_rate(self, rate: float) -> None:
         self.rate = rate
         self.unit_s = 1.0 / (rate * PACE)
         self.depth = max(1.0, rate * BURST_S)
-        self.tat = now
 
     def wait(self, cost: float, now: float) -> float:
         """Seconds until ``cost`` fits, or until the bucket is full if it never fits; or <= 0."""
@@ -561,7 +578,7 @@ class _Bucket:
         if rate == self.rate:
             return
         debt = max(0.0, self.tat - now) / self.unit_s
-        self.__init__(rate, now)  # type: ignore[misc]  # the same bucket, begun anew
+        self._set_rate(rate)
         self.tat = now + debt * self.unit_s
 
 

@@ -319,6 +319,8 @@ def slices(
     )
     for source, batch in reading:
         first, row_number = row_number, row_number + len(batch)
+        if row_number > len(plan.slots):
+            raise changed(source.file)
         outcomes = [
             _answer(source, batch, index, slot, journal)
             for index, slot in enumerate(plan.slots[first:row_number])
@@ -386,10 +388,10 @@ def batches(
     carried: Carried | None = None,
     observe: Callable[[InputFile, Batch], None] | None = None,
 ) -> Iterator[tuple[Source, Batch]]:
-    """Every source's batches up to ``limit`` rows in all."""
+    """Every source's batches up to ``limit`` rows in all; StoppedEarly for a changed file."""
     left = limit
     for source in sources:
-        for batch in inputs.read(source.file, columns=columns(source), carry=carried):
+        for batch in _read(source, columns(source), carried):
             check_stop()
             # Whole, for publishing converts whole batches too, whatever the limit.
             if observe is not None:
@@ -401,6 +403,18 @@ def batches(
                 yield source, batch
             if left == 0:
                 return
+
+
+def _read(
+    source: Source, columns: Collection[str] | None, carried: Carried | None
+) -> Iterator[Batch]:
+    check_unchanged((source,))
+    try:
+        yield from inputs.read(source.file, columns=columns, carry=carried)
+    except Exception:
+        # Half of a file that is being written reads as anything: its change is what went wrong.
+        check_unchanged((source,))
+        raise
 
 
 def _first(batch: Batch, rows: int) -> Batch:

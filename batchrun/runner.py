@@ -99,11 +99,12 @@ async def run(
         state = stack.enter_context(_state_dir(config))
         waiting = journal.lock(state, config.if_locked, cancelled=stop.requested)
         lock = await asyncio.to_thread(stack.enter_context, waiting)
+        this = _Run(config, talk, stop, state, lock, rows)
         try:
-            return await _Run(config, talk, stop, state, lock, rows).go()
+            return await this.go()
         except BaseException:
             # What ended before it began leaves nothing behind.
-            if not has_journal(state):
+            if this.began_nothing or not has_journal(state):
                 lock.remove_state()
             raise
 
@@ -157,7 +158,7 @@ class _Run:
         self.started_at_ms = int(time.time() * 1000)
         self.published: Footer | None = None
         self.hosts_before: list[str] = []
-        self.keep_old = self.keep_state = self.continues = False
+        self.keep_old = self.keep_state = self.continues = self.began_nothing = False
         self.summary = RunSummary(
             batchrun_version=VERSION,
             inputs=list(self.config.inputs),
@@ -178,13 +179,18 @@ class _Run:
         self.published = self._recognise()
         if self.published is not None:
             self.hosts_before = self.published.hosts
-        if self.published is not None and await asyncio.to_thread(self._is_current):
+        if (
+            self.published is not None
+            and not has_journal(self.state)
+            and await asyncio.to_thread(self._is_current, self.published)
+        ):
             return self._nothing_left(self.published)
         self.book = self._open_journal()
         try:
             return await self._with_journal(files)
         except BatchrunError as exc:
             if isinstance(exc, UsageError):
+                self.began_nothing = not self.continues
                 raise
             return self._ended(exc)
         finally:
@@ -201,6 +207,9 @@ class _Run:
             plan.give_up_doubtful(self.plan, self.book, self.config.max_in_doubt_retries)
         self._check_limit()
         self.ok_before = self.book.count(Held.OK)
+        if self.published is not None and await asyncio.to_thread(self._was_published_from_here):
+            self.keep_state = self.ok_before > self.plan.counts.held_ok
+            return self._nothing_left(self.published)
         self._say_start(files)
         if self.plan.counts.to_send:
             delivered = await self._deliver()
@@ -225,9 +234,11 @@ class _Run:
         """The footer of the output as it is; a file that is not ours needs --overwrite."""
         config = self.config
         path = Path(config.output)
-        if config.to_stdout or not path.exists():
+        if config.to_stdout:
             return None
         outputs.clean_leftovers(path)
+        if not path.exists():
+            return None
         footer = outputs.recognise(path)
         if footer is None:
             if not config.overwrite:
@@ -246,17 +257,22 @@ class _Run:
             return None
         return footer
 
-    def _is_current(self) -> bool:
+    def _is_current(self, footer: Footer) -> bool:
         """Whether the output already is what this run would publish, so that nothing is left."""
-        footer = self.published
-        assert footer is not None
-        if not footer.complete or footer.rows.passing or has_journal(self.state):
+        if not footer.complete or footer.rows.passing:
             return False
         if self.config.retry_failed and footer.rows.error:
             return False
         return footer.publishing == self.config.publishing_settings() and (
             footer.inputs_digest == self._digest()
         )
+
+    def _was_published_from_here(self) -> bool:
+        """Whether this very journal was published already, and kept for what else it holds."""
+        footer = self.published
+        assert footer is not None
+        is_ours = footer.run_id == self.book.header.run_id
+        return is_ours and not self.plan.counts.to_send and self._is_current(footer)
 
     def _digest(self) -> str:
         return inputs.content_digest(source.file for source in self.sources)
@@ -321,6 +337,8 @@ class _Run:
         save_config(self.state, config, model_of(config), self._hosts())
         self.before = Totals(counts.total, counts.held_ok, counts.held_failed + counts.invalid)
         self.sending_since_s = time.monotonic()
+        # What an earlier run left here must not speak for this one.
+        journal.write_status(self.state, self._status(self.before.ok, self.before.failed))
         with _tuned_process(config):
             async with chat_endpoint(config) as (endpoint, host):
                 delivered = await delivery.deliver(
@@ -349,11 +367,12 @@ class _Run:
             target = Path(config.output)
             if self.keep_old or (unused and self.published is not None):
                 self.summary.backup = str(outputs.backup(target))
-        self.keep_state = bool(unused and self.summary.backup is None)
+        # Of a run that was stopped, the old output need not hold all of them.
+        self.keep_state = bool(unused and (self.continues or self.summary.backup is None))
         if unused:
             self._note(
                 f"{unused:,} answers of rows that are gone from the input are kept in "
-                f"{self.summary.backup or self.state}"
+                f"{self.state if self.keep_state else self.summary.backup}"
             )
         self.tally = OutputTally()
         footer = Footer(
@@ -389,6 +408,8 @@ class _Run:
             self.book.close()
             self.lock.remove_state()
             self.summary.state_dir = None
+        elif self.keep_state:
+            self._write_end(footer.rows.ok, footer.rows.error, "finished", EXIT_OK, None)
         self.summary.published = True
         self.summary.prompt_column = self._shown_prompt()
         return self._told(footer, reused=self.plan.counts.held_ok + self.plan.counts.held_failed)
@@ -400,8 +421,9 @@ class _Run:
         return name if name in self.plan.carried.schema.names else None
 
     def _nothing_left(self, footer: Footer) -> RunSummary:
-        self.lock.remove_state()
-        self.summary.state_dir = None
+        if not self.keep_state:
+            self.lock.remove_state()
+            self.summary.state_dir = None
         return self._told(footer, reused=footer.rows.ok + footer.rows.error)
 
     def _told(self, footer: Footer, *, reused: int) -> RunSummary:
@@ -449,11 +471,14 @@ class _Run:
         self.summary.next_steps = list(cause.next_steps)
         summary = self._closed(_state_of(cause), cause.exit_code, cause.message)
         if hasattr(self, "plan"):
-            status = self._status(summary.rows.ok, summary.rows.error)
-            status.state, status.exit_code = "stopped", cause.exit_code
-            status.reason = cause.message
-            journal.write_status(self.state, status)
+            rows, code = summary.rows, cause.exit_code
+            self._write_end(rows.ok, rows.error, "stopped", code, cause.message)
         return summary
+
+    def _write_end(self, ok: int, failed: int, state: str, exit_code: int, why: str | None) -> None:
+        status = self._status(ok, failed)
+        status.state, status.exit_code, status.reason = state, exit_code, why
+        journal.write_status(self.state, status)
 
     def _closed(self, state: State, exit_code: int, reason: str | None) -> RunSummary:
         summary = self.summary
@@ -569,8 +594,12 @@ def _check_output(config: RunConfig) -> None:
     parent = path.absolute().parent
     if not parent.is_dir():
         raise UsageError(f"-o {path}: there is no directory {parent}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise LocalIOError(f"{path}: cannot write in {parent}: Permission denied")
+    try:
+        # Only trying tells: root may write anywhere, and not in a read-only file system.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as exc:
+        raise LocalIOError(f"{path}: cannot write in {parent}: {exc.strerror}") from exc
 
 
 @contextmanager

@@ -74,7 +74,10 @@ def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     """How the run of ``output`` stands: running, stopped or finished. UsageError when none is."""
     state = _state_of(output, state_dir)
     holder = journal.holder(state)
-    if holder is not None or has_journal(state):
+    told = journal.read_status(state)
+    # A state may outlive the publishing: it keeps answers of rows that are gone from the input.
+    is_over = holder is None and told is not None and told.state == "finished"
+    if holder is not None or (has_journal(state) and not is_over):
         return _unfinished(output, state, holder)
     footer = _footer(output)
     if footer is None:

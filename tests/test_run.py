@@ -566,9 +566,9 @@ def test_answers_of_rows_that_are_gone_survive_in_the_state(
     assert ended.code == 0
     assert server.ledger.requests == 10
     assert any("3 answers" in note for note in ended.summary["notes"])
+    assert run_command(["status", "in.results.parquet"]) == 0
     before = identity()
-    ended = submit("in.jsonl", *to(server), "--json")
-    assert ended.code == 0
+    assert submit("in.jsonl", *to(server)).code == 0
     assert identity() == before
     assert not Path("in.results.parquet.bak").exists()
     # Whoever puts the rows back gets the answers back.
