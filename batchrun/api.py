@@ -128,13 +128,13 @@ async def complete(
     config = make_config([], STDOUT, **options)
     async with chat_endpoint(config) as (endpoint, host):
         session = _Session(config, host, endpoint.send)
-        async with asyncio.TaskGroup() as group:
-            task = group.create_task(session.run(iter(requests)))
-            try:
-                yield session.results()
-            finally:
-                session.close()
-                await task
+        # Not a TaskGroup: it would wrap what the caller's own block raises.
+        task = asyncio.create_task(session.run(iter(requests)))
+        try:
+            yield session.results()
+        finally:
+            session.close()
+            await task
 
 
 class _Session:
@@ -146,6 +146,7 @@ class _Session:
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._ended = False
+        self._error: Exception | None = None
         # Bounded by the results unread: a put that waited would stop the loop.
         self._limits = admission_for(config, host)
         self._feed = Feed(max_rows=2 * UNREAD_RESULTS, max_bytes=sys.maxsize)
@@ -166,7 +167,7 @@ class _Session:
         try:
             async with asyncio.TaskGroup() as group:
                 helpers = [
-                    group.create_task(self._read(rows)),
+                    group.create_task(self._read_all(rows)),
                     group.create_task(watch_limits(self._limits, self._pool)),
                 ]
                 try:
@@ -188,6 +189,8 @@ class _Session:
                 break
             self._news.clear()
             await self._news.wait()
+        if self._error is not None:
+            raise self._error
         cause = self._pool.cause
         if cause is not None and not isinstance(cause, _Closed):
             raise cause
@@ -196,6 +199,13 @@ class _Session:
         """The caller has had enough: what is in flight is cut off."""
         if not self._ended:
             self._pool.stop(_Closed("no more results are wanted"))
+
+    async def _read_all(self, rows: Iterator[str | Mapping[str, JSONValue]]) -> None:
+        try:
+            await self._read(rows)
+        except Exception as exc:  # the caller's iterable failed: it is theirs to see
+            self._error = exc
+            self.close()
 
     async def _read(self, rows: Iterator[str | Mapping[str, JSONValue]]) -> None:
         number = 0

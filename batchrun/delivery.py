@@ -18,7 +18,7 @@ from batchrun import retry
 from batchrun.accounting import RunTally
 from batchrun.config import RunConfig
 from batchrun.endpoint import ChatEndpoint
-from batchrun.errors import BatchrunError, EndpointRefused, StoppedEarly
+from batchrun.errors import BatchrunError, EndpointRefused
 from batchrun.journal import Held, Journal
 from batchrun.limits import Limits, LimitSettings
 from batchrun.pool import Feed, Pool
@@ -33,7 +33,6 @@ from batchrun.types import (
     Reply,
     Request,
     Tries,
-    Usage,
 )
 
 TICK_S = 0.2
@@ -103,9 +102,6 @@ async def deliver(
     desk.stop = pool.stop
     on_pool(pool)
     loop = asyncio.get_running_loop()
-    if config.deadline_s is not None:
-        reached = StoppedEarly("the deadline was reached")
-        loop.call_later(config.deadline_s, pool.stop, reached)
 
     meter = _Meter(limits, feed, pool, desk.tally, before)
     with (
@@ -113,18 +109,18 @@ async def deliver(
         ThreadPoolExecutor(1, "batchrun-sync") as syncer,
     ):
         reading = loop.run_in_executor(reader, _read_ahead, requests, feed, loop, pool)
-        helpers = [
-            asyncio.create_task(watch_limits(limits, pool, lambda: talk.update(meter.sample()))),
-            asyncio.create_task(_keep_durable(journal, pool, syncer, meter, watch)),
-        ]
-        try:
-            cause = await pool.run()
-        finally:
-            feed.close()
-            for helper in helpers:
-                helper.cancel()
-            await asyncio.gather(*helpers, return_exceptions=True)
-            await reading
+        async with asyncio.TaskGroup() as group:
+            helpers = [
+                group.create_task(watch_limits(limits, pool, lambda: talk.update(meter.sample()))),
+                group.create_task(_keep_durable(journal, pool, syncer, meter, watch)),
+            ]
+            try:
+                cause = await pool.run()
+            finally:
+                feed.close()
+                for helper in helpers:
+                    helper.cancel()
+                await reading
     if cause is None or cause.exit_code != 74:
         desk.idle()
         await asyncio.to_thread(journal.sync)
@@ -304,13 +300,10 @@ def outcome_of(request: Request, attempt: Attempt, decision: Decision, tries: Tr
         latency_s=attempt.ended_s - attempt.started_s,
         ttft_s=attempt.ttft_s,
         finished_at_ms=attempt.finished_at_ms,
-        usage=_usage(reply),
+        # Tokens that a broken answer mentions belong to an attempt in doubt, not to an answer.
+        usage=reply.usage if ok and reply is not None else NO_USAGE,
         body=body,
     )
-
-
-def _usage(reply: Reply | None) -> Usage:
-    return NO_USAGE if reply is None else reply.usage
 
 
 def _request_id(attempt: Attempt) -> str:

@@ -41,6 +41,8 @@ STREAM_SILENCE_S = 120.0
 # aiohttp warns when larger bodies are given as bytes: it would copy them in one go.
 LARGE_BODY_BYTES = 2**20
 MAX_HEADER_BYTES = 64 * 2**10
+# Shorter header values ("1", "true") are no secrets, and occur in every JSON.
+MIN_SECRET_BYTES = 8
 LEAN_VERSIONS = ("3.14.",)
 
 
@@ -74,7 +76,8 @@ class ChatEndpoint:
         self._is_lean = self._proxy is None and aiohttp.__version__.startswith(LEAN_VERSIONS)
         self._secrets = [endpoint.key] if endpoint.key else []
         self._secrets += [value for _, value in headers]
-        self._secret_bytes = [secret.reveal().encode() for secret in self._secrets]
+        values = [secret.reveal().encode() for secret in self._secrets]
+        self._secret_bytes = [value for value in values if len(value) >= MIN_SECRET_BYTES]
 
     async def __aenter__(self) -> Self:
         self._session = self._new_session(lean=self._is_lean)
@@ -82,10 +85,11 @@ class ChatEndpoint:
 
     def _new_session(self, *, lean: bool) -> aiohttp.ClientSession:
         """``lean`` sends chat completions and nothing else, for a fifth less CPU."""
-        more: dict[str, Any] = {"headers": self._headers}
+        more: dict[str, Any] = {}
         if lean:
             head = _head(self._url, self._headers)
             more = {"request_class": type("_Request", (_ChatRequest,), {"head": head})}
+        # No default headers: aiohttp would send those to the proxy too, the key among them.
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,  # waiting for a pool place would count as the attempt's time
@@ -120,6 +124,7 @@ class ChatEndpoint:
             response = await self._session.post(
                 self._url,
                 data=self._content(request.body),
+                headers=None if self._is_lean else self._headers,
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError, ValueError) as exc:
@@ -143,7 +148,7 @@ class ChatEndpoint:
         try:
             async with (
                 self._new_session(lean=False) as session,
-                session.get(url, allow_redirects=False) as response,
+                session.get(url, headers=self._headers, allow_redirects=False) as response,
             ):
                 body = await _whole(response)
         except (aiohttp.ClientError, OSError, ValueError) as exc:
@@ -175,9 +180,9 @@ class ChatEndpoint:
             body, failure = stream.body(), stream.problem
         else:
             body = await _whole(response)
-        for secret in self._secret_bytes:
+        if response.status != 200:
             # Some endpoints quote the key they refuse; it must not reach journal or report.
-            if secret in body:
+            for secret in self._secret_bytes:
                 body = body.replace(secret, b"[key]")
         return Attempt(
             status=response.status,
@@ -186,7 +191,7 @@ class ChatEndpoint:
             started_s=started_s,
             ended_s=time.monotonic(),
             finished_at_ms=int(time.time() * 1000),
-            reply=answers.parse(body),
+            reply=answers.parse(body) if body and not body.isspace() else None,
             failure=failure,
             detail="the stream ended without a finish_reason" if failure == "cut" else "",
             ttft_s=ttft_s,
@@ -364,7 +369,7 @@ async def _follow(
             chunk = await response.content.readany()
         if not chunk:
             break
-        stream.feed(inflate.decompress(chunk, MAX_BODY_BYTES) if inflate else chunk)
+        stream.feed(_inflated(inflate, chunk) if inflate is not None else chunk)
         if ttft_s is None and stream.first_token:
             ttft_s = time.monotonic() - started_s
         if stream.problem == "too_large":
@@ -394,6 +399,16 @@ def _inflater(encoding: str) -> zlib._Decompress | None:
             # 32 + 15: zlib finds out whether the header is gzip's or its own.
             return zlib.decompressobj(wbits=47)
     raise _BadEncoding
+
+
+def _inflated(inflate: zlib._Decompress, chunk: bytes) -> bytes:
+    try:
+        plain = inflate.decompress(chunk, MAX_BODY_BYTES)
+    except zlib.error as exc:
+        raise _BadEncoding from exc
+    if inflate.unconsumed_tail:
+        raise _TooLarge
+    return plain
 
 
 def _decompressed(body: bytes, encoding: str) -> bytes:

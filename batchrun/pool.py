@@ -170,6 +170,7 @@ class Pool:
         desk: Desk,
         drain_s: float,
         one_model: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._feed = feed
         self._send = send
@@ -179,6 +180,7 @@ class Pool:
         self._desk = desk
         self._drain_s = drain_s
         self._one_model = one_model
+        self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._ready: deque[Request] = deque()
         self._lines: dict[str, deque[Request]] = {}
@@ -278,7 +280,10 @@ class Pool:
             self.stop(BatchrunError("the input could not be read on"), drain_s=0.0)
 
     def _work_at_hand(self) -> int:
-        return len(self._ready) + len(self._lines) + self._feed.rows
+        # One worker for each line: whoever takes from a line wakes the next. A whole window woken
+        # for every step of a gate that reopens slowly would do nothing but wake up.
+        new = 0 if self._lines and self._one_model else self._feed.rows
+        return len(self._ready) + len(self._lines) + new
 
     async def _work(self) -> None:
         task = asyncio.current_task()
@@ -296,7 +301,7 @@ class Pool:
                     attempt = await self._send(request)
                     self._conclude(request, attempt)
                 except asyncio.CancelledError:
-                    self._admission.withdrawn(request, time.monotonic())
+                    self._admission.withdrawn(request, self._clock())
                     self._desk.abandoned(request)
                     if self.cause is None:
                         raise
@@ -344,10 +349,11 @@ class Pool:
         admission = self._admission
         if self.cause is not None or admission.in_flight >= admission.window:
             return None
-        now = time.monotonic()
+        now = self._clock()
         if self._lines:
             request = self._from_lines(now)
             if request is not None:
+                self.staff()
                 return request
         while True:
             if self._ready:
@@ -403,7 +409,10 @@ class Pool:
 
     async def _rest(self) -> bool:
         """Sleep until there may be work; False when there will be none."""
-        self._desk.idle()
+        try:
+            self._desk.idle()
+        except BatchrunError as exc:
+            self.stop(exc, drain_s=0.0)
         self._check_finished()
         if self._finished.is_set() or self.cause is not None:
             return False

@@ -149,7 +149,7 @@ def resolve(
     own_auth = bool(explicit_headers & {"authorization", "api-key", "x-api-key"})
     demanded = is_default or any(p is not None and p.key_env for p in (owner, preset))
     if key is None and not own_auth and demanded:
-        raise _no_key(base, hostname, owner, environ)
+        raise _no_key(base, _netloc(url), owner, environ)
     in_the_clear = parts.scheme == "http" and not _is_loopback(hostname)
     if (key is not None or own_auth) and in_the_clear and not allow_http:
         raise UsageError(
@@ -169,7 +169,7 @@ def chat_url(base_url: str) -> str:
     if "://" not in text:
         raise UsageError(
             f"--base-url {text}: say http:// or https:// in front",
-            next_steps=(f"--base-url https://{text}",),
+            next_steps=(f"--base-url {_likely_scheme(text)}://{text}",),
         )
     parts = urlsplit(text)
     try:
@@ -187,6 +187,11 @@ def chat_url(base_url: str) -> str:
     if not path.endswith("/chat/completions"):
         path = (path or "/v1") + "/chat/completions"
     return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+def _likely_scheme(text: str) -> str:
+    host = urlsplit(f"//{text}").hostname or ""
+    return "http" if _is_loopback(host) else "https"
 
 
 def provider_of(url: str) -> Provider | None:
@@ -268,7 +273,7 @@ def _read_key(path: str) -> str:
 
 
 def _no_key(
-    base: str, hostname: str, owner: Provider | None, environ: Mapping[str, str]
+    base: str, host: str, owner: Provider | None, environ: Mapping[str, str]
 ) -> UsageError:
     wanted = owner.key_env if owner and owner.key_env else DEFAULT_KEY_ENV
     elsewhere = [
@@ -283,7 +288,7 @@ def _no_key(
             f"  {named}{base}. Nothing was sent. Choose:",
             next_steps=(
                 f"--provider {other.name:<23}{urlsplit(other.base_url).hostname}{model}",
-                f"--api-key-env {other.key_env:<20}send it to {hostname} all the same",
+                f"--api-key-env {other.key_env:<20}send it to {host} all the same",
             ),
         )
     if base == DEFAULT_BASE_URL:

@@ -46,7 +46,9 @@ from batchrun.errors import (
     EndpointRefused,
     Interrupted,
     LocalIOError,
+    Locked,
     SettingsDiffer,
+    StoppedEarly,
     UsageError,
 )
 from batchrun.inputs import Resolved
@@ -69,6 +71,7 @@ SPARE_FILES = 64
 # The collector would look through every live object again and again; a run makes no cycles.
 GC_THRESHOLD = 200_000
 IMPORT_ROWS = 1_000
+BACKUP_SUFFIX = ".bak"
 OFFER_S = 5.0
 # timeout(1) and some shells signal the process and then its whole group: that is one wish.
 ECHO_S = 0.3
@@ -98,7 +101,13 @@ async def run(
         _check_output(config)
         state = stack.enter_context(_state_dir(config))
         waiting = journal.lock(state, config.if_locked, cancelled=stop.requested)
-        lock = await asyncio.to_thread(stack.enter_context, waiting)
+        if config.deadline_s is not None:
+            stack.enter_context(stop.at_deadline(config.deadline_s))
+        try:
+            lock = await asyncio.to_thread(stack.enter_context, waiting)
+        except Locked:
+            stop.check()
+            raise
         this = _Run(config, talk, stop, state, lock, rows)
         try:
             return await this.go()
@@ -118,6 +127,22 @@ class Stop:
         self._config = config
         self._talk = talk
         self._pool: Pool | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+
+    @contextmanager
+    def at_deadline(self, seconds: float) -> Iterator[None]:
+        """Stop after ``seconds``, unless everything is sent by then."""
+        reached = StoppedEarly("the deadline was reached")
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self.now, reached)
+        try:
+            yield
+        finally:
+            self._deadline.cancel()
+
+    def all_sent(self) -> None:
+        """Publishing needs no endpoint: a deadline is none for it."""
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     def attach(self, pool: Pool) -> None:
         self._pool = pool
@@ -216,6 +241,7 @@ class _Run:
             self.summary.this_run = _this_run(delivered)
             if delivered.cause is not None:
                 return self._stopped(delivered, delivered.cause)
+        self.stop.all_sent()
         footer = await asyncio.to_thread(self._publish)
         return self._finished(footer)
 
@@ -237,6 +263,7 @@ class _Run:
         if config.to_stdout:
             return None
         outputs.clean_leftovers(path)
+        outputs.clean_leftovers(_backup_of(path))
         if not path.exists():
             return None
         footer = outputs.recognise(path)
@@ -367,6 +394,9 @@ class _Run:
             target = Path(config.output)
             if self.keep_old or (unused and self.published is not None):
                 self.summary.backup = str(outputs.backup(target))
+                # A killed run may have kept this very file: renaming a link over another link of
+                # the same file does nothing, and leaves both.
+                outputs.clean_leftovers(_backup_of(target))
         # Of a run that was stopped, the old output need not hold all of them.
         self.keep_state = bool(unused and (self.continues or self.summary.backup is None))
         if unused:
@@ -635,6 +665,10 @@ def _client(endpoint: Endpoint, config: RunConfig) -> ChatEndpoint:
         connect_timeout_s=config.connect_timeout_s,
         proxied=not config.mock,
     )
+
+
+def _backup_of(output: Path) -> Path:
+    return output.with_name(output.name + BACKUP_SUFFIX)
 
 
 def has_journal(state: Path) -> bool:

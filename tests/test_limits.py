@@ -304,6 +304,17 @@ def test_tokens_are_paced_by_what_answers_turn_out_to_cost() -> None:
     assert most_above(10_000, late) <= 10_000 * BURST_S + 2 * 600
 
 
+def test_the_estimate_learns_from_usage() -> None:
+    limits = Limits(LimitSettings(tpm=60_000))
+    first = request(0, size_bytes=400)
+    limits.admit(first, 0.0)
+    limits.done(first, attempt(tokens=(200, 1800)), OK, 1.0)
+    assert limits.admit(request(1, size_bytes=800), 10.0) == 0.0
+    # Half a token a byte and 1,800 for the answer: 2,200 tokens at 1,000 a second.
+    wait_s = limits.admit(request(2, size_bytes=800), 10.0)
+    assert wait_s == pytest.approx(2.2, rel=0.02)
+
+
 def test_a_large_request_waits_for_its_share_and_no_longer() -> None:
     # 1,000 tokens a second; the fortieth request alone costs ten seconds of it.
     sizes = chain(repeat(400, 40), [40_000], repeat(400))
@@ -342,6 +353,22 @@ def test_what_left_before_the_quota_was_known_counts() -> None:
     server = Server(service_s=0.05, rate=100, depth=6000, headers=mistral_headers)
     run = Run(server).until(10)
     assert most_above(100, [(when, 1.0) for when in run.sent]) <= 32 + 100 * BURST_S
+    assert run.sent[31] == 0.0
+    assert run.sent[32] >= 0.25
+
+
+def test_a_refusal_that_names_its_quota_does_not_cut_the_window() -> None:
+    limits = Limits(LimitSettings())
+    changes: list[str] = []
+    limits.on_change = changes.append
+    said = attempt(status=429, headers=mistral_headers(Server(rate=100)))
+    rows = fill(limits, 0.0)
+    for row in rows[:12]:
+        limits.done(row, ANSWER, OK, 0.05)  # no word of a quota: by and by nobody looks any more
+    for row in rows[12:]:
+        limits.done(row, said, REFUSED, 0.1)
+    assert changes == ["window 32 -> 200: the quota suggests it"]
+    assert limits.admit(request(50), 0.1) > 0.2
 
 
 def test_a_refusal_under_a_known_quota_moves_the_bucket_and_not_the_window() -> None:
@@ -572,6 +599,12 @@ def test_one_burst_of_refusals_is_one_cut(refusal: Decision) -> None:
     assert changes == [f"window 32 -> 22: refused ({refusal.code})"]
 
 
+def test_a_window_far_too_large_is_found_out_at_once() -> None:
+    run = Run(Server(4, service_s=0.25, queue=4)).until(4)
+    assert run.limits.window <= 12
+    assert len(run.refused) <= 120
+
+
 def test_refusals_at_random_do_not_starve_the_run() -> None:
     run = Run(Server(service_s=0.05, refuses_at_random=0.1)).until(40)
     assert run.rate(30, 40) >= 0.8 * 0.9 * 512 / 0.05
@@ -666,6 +699,7 @@ def test_an_outage_is_probed_one_at_a_time_and_the_run_resumes_by_itself() -> No
     resumed = next(when for when in run.sent if when >= 40.0)
     assert resumed <= 40.0 + 30.0
     assert len([when for when in run.sent if resumed <= when < resumed + 0.2]) == 1
+    assert next(window for when, window in run.windows if when > resumed) == 32
     assert run.rate(resumed + 5, 100) >= 0.95 * 64 / 0.25
 
 

@@ -12,13 +12,13 @@ import gzip
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -35,7 +35,6 @@ from batchrun.mock_server import (
     MockRequest,
     MockServerThread,
     Respond,
-    completion,
     error_reply,
     fault_reply,
 )
@@ -138,17 +137,6 @@ def to(server: MockServerThread) -> tuple[str, ...]:
 def asked(server: MockServerThread) -> list[int]:
     """The numbers of the questions the server has received, in order."""
     return [int(entry.prompt.split()[1][:-1]) for entry in server.ledger.entries if entry.prompt]
-
-
-def slots_of(count: int) -> Callable[[MockRequest], MockReply | None]:
-    """Answer ``count`` requests, then hold every further one back without a word."""
-
-    def respond(request: MockRequest) -> MockReply | None:
-        if request.n <= count:
-            return None
-        return MockReply(raw=b"", ending="hang")
-
-    return respond
 
 
 class Holding:
@@ -304,7 +292,7 @@ def test_killed_at_any_moment_the_next_run_completes(mock: StartMock, submit: Su
     server = mock(Knobs(latency_s=0.002))
     write_rows(range(600))
     chance = random.Random(7)
-    for _ in range(3):
+    for _ in range(2):
         wanted = server.ledger.requests + chance.randrange(20, 120)
         with running("in.jsonl", *to(server)) as process:
             while server.ledger.requests < wanted and process.poll() is None:
@@ -315,8 +303,8 @@ def test_killed_at_any_moment_the_next_run_completes(mock: StartMock, submit: Su
     answers = table()
     assert answers["n"] == list(range(600))
     assert set(answers["status"]) == {"ok"}
-    # 16 in flight may be asked again after each of three deaths, and nothing else.
-    assert server.ledger.requests <= 600 + 3 * 16
+    # 16 in flight may be asked again after each death, and nothing else.
+    assert server.ledger.requests <= 600 + 2 * 16
 
 
 def held_answers(state: Path) -> int:
@@ -629,9 +617,7 @@ def test_lines_on_stdout_can_be_resumed_with_a_state(mock: StartMock, submit: Su
     assert server.ledger.requests == 5
 
 
-def test_several_files_become_one_table_in_the_order_given(
-    mock: StartMock, submit: Submit
-) -> None:
+def test_several_files_become_one_table_in_the_order_given(mock: StartMock, submit: Submit) -> None:
     server = mock()
     write_rows(range(3), "b.jsonl")
     packed = write_rows(range(3, 5), "plain.jsonl").read_bytes()
@@ -709,6 +695,28 @@ def test_an_output_without_a_directory_is_a_usage_error(
     write_rows(range(3))
     assert submit("in.jsonl", *to(server), "-o", output).code == 2
     assert server.ledger.requests == 0
+
+
+def test_a_full_disk_ends_the_run_and_what_was_written_counts(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock()
+    write_rows(range(400))
+
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    with running("in.jsonl", *to(server), "--json", preexec_fn=small_files_only) as process:
+        ended = end_of(process)
+    assert ended.code == 74, ended.err
+    assert "journal" in ended.summary["reason"]
+    assert "Traceback" not in ended.err
+    held = held_answers(Path("in.results.parquet.batchrun"))
+    assert 50 < held < 400
+    before = server.ledger.requests
+    assert submit("in.jsonl", *to(server)).code == 0
+    assert server.ledger.requests - before == 400 - held
+    assert set(table()["status"]) == {"ok"}
 
 
 def test_a_file_of_somebody_else_is_never_replaced(mock: StartMock, submit: Submit) -> None:
@@ -862,14 +870,35 @@ def test_first_rows_all_rejected_alike_end_the_run_and_stay_pending(
     assert submit("in.jsonl", *to(mock()), "--json").summary["rows"]["ok"] == 500
 
 
-def test_rows_too_long_for_the_model_never_end_a_run_early(
-    mock: StartMock, submit: Submit
-) -> None:
+def test_rows_too_long_for_the_model_never_end_a_run_early(mock: StartMock, submit: Submit) -> None:
     server = mock(Knobs(faults={"context_length": 1.0}))
     write_rows(range(50))
     ended = submit("in.jsonl", *to(server), "--json")
     assert ended.code == 3
     assert ended.summary["rows"]["error"] == 50
+
+
+def test_a_page_instead_of_every_answer_ends_the_run(mock: StartMock, submit: Submit) -> None:
+    server = mock(Knobs(faults={"html": 1.0}))
+    write_rows(range(100))
+    ended = submit("in.jsonl", *to(server), "--max-retries", 0, "--json")
+    assert ended.code == 4
+    assert "HTML" in ended.summary["reason"]
+    assert ended.summary["rows"]["pending"] == 100
+
+
+def test_a_stream_brings_answers_usage_and_the_time_to_the_first_token(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock(Knobs(stream_split_bytes=11))
+    write_rows(range(10))
+    assert submit("in.jsonl", *to(server), "--stream").code == 0
+    answers = table()
+    assert answers["response"] == [f"[synthetic] {question(n)}" for n in range(10)]
+    assert sum(answers["total_tokens"]) == server.ledger.delivered.total_tokens
+    for first, whole in zip(answers["ttft_s"], answers["latency_s"], strict=True):
+        assert 0 < first <= whole
+    assert all(entry.streamed for entry in server.ledger.entries)
 
 
 def test_abort_after_0_lets_every_row_fail(mock: StartMock, submit: Submit) -> None:

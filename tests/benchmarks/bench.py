@@ -42,7 +42,12 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=tuple(CONTENDERS), metavar="CLIENT", help="run only these"
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="of the work (default: 1)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="of the work; 6 makes 60 waves of 1 s, 3 makes 60 s of slots (default: 1)",
+    )
     parser.add_argument(
         "--stand-in", action="store_true", help="use the mock server though nginx is there"
     )

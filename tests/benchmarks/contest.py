@@ -117,7 +117,11 @@ def _ratios(samples: Samples) -> Iterator[str]:
         )
     if rates := {name: _rate(runs) for name, runs in samples.items() if name in RIVALS}:
         best = max(rates, key=rates.__getitem__)
-        yield f"batchrun / best rival ({best}): requests/s {_rate(ours) / rates[best]:.1f}"
+        cpu_us = [statistics.median(s.cpu_us for s in runs) for runs in (ours, samples[best])]
+        yield (
+            f"batchrun / best rival ({best}): CPU per request {cpu_us[0] / cpu_us[1]:.3f}, "
+            f"requests/s {_rate(ours) / rates[best]:.1f}"
+        )
 
 
 def _rate(runs: Sequence[Sample]) -> float:
