@@ -13,10 +13,19 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from batchrun import answers, prompts, retry
-from batchrun.config import STDIN, STDOUT, JSONValue, RunConfig, default_output, output_format
+from batchrun.config import (
+    MAX_CONCURRENCY,
+    STDIN,
+    STDOUT,
+    JSONValue,
+    RunConfig,
+    default_output,
+    output_format,
+)
 from batchrun.delivery import admission_for, outcome_of, persistence_for, refusal, watch_limits
 from batchrun.errors import BatchrunError, UsageError
 from batchrun.pool import Feed, Pool, Send
+from batchrun.process import room_for_sockets
 from batchrun.progress import Progress
 from batchrun.prompts import Builder, Invalid
 from batchrun.providers import resolve
@@ -148,7 +157,8 @@ class _Session:
         self._ended = False
         self._error: Exception | None = None
         # Bounded by the results unread: a put that waited would stop the loop.
-        self._limits = admission_for(config, host)
+        room = room_for_sockets(config.concurrency or MAX_CONCURRENCY)
+        self._limits = admission_for(config, host, room)
         self._feed = Feed(max_rows=2 * UNREAD_RESULTS, max_bytes=sys.maxsize)
         self._pool = Pool(
             feed=self._feed,

@@ -77,15 +77,17 @@ async def deliver(
     before: Totals,
     talk: Progress,
     *,
+    room: int,
     one_model: bool,
     on_pool: Callable[[Pool], None],
     watch: Watch,
 ) -> Delivered:
     """Send ``requests`` until they are settled or something ends the run.
 
-    ``on_pool`` is given the pool before anything is sent: whoever catches signals stops it.
+    ``room`` is how many connections this process can open. ``on_pool`` is given the pool before
+    anything is sent: whoever catches signals stops it.
     """
-    limits = admission_for(config, host)
+    limits = admission_for(config, host, room)
     limits.on_change = talk.detail
     desk = _Desk(config, journal, host)
     feed = Feed()
@@ -128,9 +130,11 @@ async def deliver(
     return Delivered(cause, desk.tally, meter.bound_by(), desk.reopened, desk.wrong_model)
 
 
-def admission_for(config: RunConfig, host: str) -> Limits:
+def admission_for(config: RunConfig, host: str, room: int) -> Limits:
+    """``room`` is how many requests may be in flight at the very most."""
     settings = LimitSettings(
-        concurrency=config.concurrency,
+        concurrency=config.concurrency and min(config.concurrency, room),
+        max_concurrency=room,
         rpm=config.rpm,
         tpm=config.tpm,
         max_wait_s=config.max_wait_s,

@@ -8,10 +8,7 @@ early end takes the same way out: the Stop is set, the pool drains, the journal 
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
-import resource
-import signal
 import socket
 import sys
 import tempfile
@@ -27,7 +24,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from batchrun import delivery, inputs, journal, outputs, plan, prompts, report
+from batchrun import delivery, inputs, journal, outputs, plan, process, prompts, report
 from batchrun.accounting import OutputTally
 from batchrun.config import (
     MAX_CONCURRENCY,
@@ -66,15 +63,9 @@ from batchrun.types import Bound, OutputTotals, RowCounts, RunSummary, State, Th
 
 MOCK_HOST = "mock"
 MOCK_ENDPOINT = Endpoint("", MOCK_HOST, MOCK_HOST, None, None, None, None)
-# aiohttp holds one socket for each request in flight; files and the journal need a few more.
-SPARE_FILES = 64
-# The collector would look through every live object again and again; a run makes no cycles.
-GC_THRESHOLD = 200_000
 IMPORT_ROWS = 1_000
 BACKUP_SUFFIX = ".bak"
 OFFER_S = 5.0
-# timeout(1) and some shells signal the process and then its whole group: that is one wish.
-ECHO_S = 0.3
 SHOWN_MODELS = 5
 SHOWN_SETTING = 40
 
@@ -97,7 +88,7 @@ async def run(
     stop = Stop(config, talk)
     with ExitStack() as stack:
         if handle_signals:
-            stack.enter_context(_signals(stop))
+            stack.enter_context(process.signals(stop.on_signal))
         _check_output(config)
         state = stack.enter_context(_state_dir(config))
         waiting = journal.lock(state, config.if_locked, cancelled=stop.requested)
@@ -160,6 +151,9 @@ class Stop:
             )
         if self._pool is not None:
             self._pool.stop(cause)
+
+    def on_signal(self, signum: int) -> None:
+        self.now(Interrupted(signum))
 
     def check(self) -> None:
         """Raise the cause; called by the passes over the input, once a batch."""
@@ -366,7 +360,7 @@ class _Run:
         self.sending_since_s = time.monotonic()
         # What an earlier run left here must not speak for this one.
         journal.write_status(self.state, self._status(self.before.ok, self.before.failed))
-        with _tuned_process(config):
+        with process.patient_collector():
             async with chat_endpoint(config) as (endpoint, host):
                 delivered = await delivery.deliver(
                     config,
@@ -376,6 +370,7 @@ class _Run:
                     self.book,
                     self.before,
                     self.talk,
+                    room=self._room(),
                     one_model=len(self.plan.models) < 2,
                     on_pool=self.stop.attach,
                     watch=self._write_status,
@@ -383,6 +378,17 @@ class _Run:
                 if delivered.wrong_model:
                     delivered = await _with_offer(delivered, endpoint)
                 return delivered
+
+    def _room(self) -> int:
+        """How many requests may be in flight, as far as open files go."""
+        # The stand-in's own ends of the connections are in this process too.
+        each = 2 if self.config.mock else 1
+        wanted = self.config.concurrency or MAX_CONCURRENCY
+        room = process.room_for_sockets(wanted * each) // each
+        if room < wanted:
+            self._note(f"at most {room:,} requests in flight, for want of open files (ulimit -n)")
+            self.talk.note(self.summary.notes[-1])
+        return room
 
     def _publish(self) -> Footer:
         """Write the output from the journal, whole or not at all."""
@@ -672,7 +678,10 @@ def _backup_of(output: Path) -> Path:
 
 
 def has_journal(state: Path) -> bool:
-    return next(state.glob("journal-*.seg"), None) is not None
+    try:
+        return next(state.glob("journal-*.seg"), None) is not None
+    except OSError as exc:
+        raise LocalIOError(f"{state}: cannot be read: {exc.strerror or exc}") from exc
 
 
 def file_facts(source: Source) -> FileFacts:
@@ -748,55 +757,6 @@ async def _with_offer(delivered: Delivered, endpoint: ChatEndpoint) -> Delivered
             more = f" and {len(offered) - SHOWN_MODELS:,} more" if offered[SHOWN_MODELS:] else ""
             cause.next_steps = (f"add --model NAME; it offers: {names}{more}",)
     return delivered
-
-
-@contextmanager
-def _tuned_process(config: RunConfig) -> Iterator[None]:
-    """Room for one socket a request, and a collector that does not look through everything."""
-    wanted = (config.concurrency or MAX_CONCURRENCY) + SPARE_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
-
-
-@contextmanager
-def _signals(stop: Stop) -> Iterator[None]:
-    """First SIGINT, SIGTERM or SIGHUP: drain. Second: out at once, the journal is valid anyway."""
-    loop = asyncio.get_running_loop()
-    first_s: float | None = None
-
-    def on_signal(signum: int) -> None:
-        nonlocal first_s
-        if first_s is None:
-            first_s = time.monotonic()
-            stop.now(Interrupted(signum))
-        elif time.monotonic() - first_s > ECHO_S:
-            os._exit(128 + signum)
-
-    # A signal ignored at the start (nohup, background jobs) stays ignored.
-    caught = [
-        signum
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(signum) is not signal.SIG_IGN
-    ]
-    for signum in caught:
-        loop.add_signal_handler(signum, on_signal, signum)
-    try:
-        yield
-    finally:
-        for signum in caught:
-            loop.remove_signal_handler(signum)
 
 
 def now_utc() -> str:

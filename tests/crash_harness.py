@@ -137,6 +137,7 @@ class Launched:
 
 def launcher_main() -> None:
     """The launcher's own process: one order a line, one number in answer. It has one thread."""
+    import pyarrow.compute
     import tqdm  # noqa: F401 - so that no child has to
 
     from batchrun import cli, runner  # noqa: F401 - likewise

@@ -40,6 +40,14 @@ class Call(NamedTuple):
     most: int
 
 
+STATE = "out.parquet.batchrun"
+# Of the calls on a descriptor, those on these files: not on the terminal, sockets or the loop's own.
+OF_A_FILE = ("read", "pread64", "write", "pwrite64", "close", "ftruncate")
+FILES = (
+    *("in.jsonl", "out.parquet", ".out.parquet.{pid}.batchrun-tmp", STATE, f"{STATE}/lock"),
+    *(f"{STATE}/journal-000001.seg", f"{STATE}/journal-000001.new"),
+    *(f"{STATE}/status.json.new", f"{STATE}/run.json.new"),
+)
 CALLS = (
     Call("openat", "EIO", 48),
     Call("openat", "ENOSPC", 48),
@@ -60,7 +68,7 @@ CALLS = (
 )
 
 
-SAYS = {"EIO": r"Input/output error", "ENOSPC": r"disk full|No space left on device"}
+SAYS = {"EIO": r"Input/output error|error closing file", "ENOSPC": r"disk full|No space left on device"}
 
 
 def can_trace() -> str:
@@ -100,12 +108,16 @@ def command(server: MockServerThread) -> list[str]:
 
 
 def faulty_run(
-    launcher: Launcher, server: MockServerThread, directory: Path, inject: str
+    launcher: Launcher, server: MockServerThread, directory: Path, call: str, how: str
 ) -> tuple[int, str]:
     process = launcher.start(*command(server), cwd=directory, stopped=True)
     log = directory.parent / "strace.log"
+    only: list[str] = []
+    if call in OF_A_FILE:
+        for name in FILES:
+            only += "-P", str(directory / name.format(pid=process.pid))
     tracer = subprocess.Popen(
-        ["strace", "-f", "-q", "-o", log, "-p", str(process.pid), "-e", inject],
+        ["strace", "-f", "-q", "-o", log, "-p", str(process.pid), "-e", f"inject={call}:{how}", *only],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -145,8 +157,7 @@ def test_a_failing_system_call_ends_well_and_the_rerun_repeats_nothing(
     write_rows(place / "in.jsonl", numbers)
 
     output = place / "out.parquet"
-    inject = f"inject={call}:error={error}:when={n}"
-    code, said = faulty_run(launcher, server, place, inject)
+    code, said = faulty_run(launcher, server, place, call, f"error={error}:when={n}")
     assert code in (0, 74), said
     assert "Traceback" not in said
     assert "this is a bug" not in said

@@ -26,7 +26,17 @@ PACKAGE = ROOT / "batchrun"
 LAYERS = (
     {"errors", "types", "config", "providers"},  # vocabulary
     {"prompts", "answers", "retry", "limits", "sse", "accounting", "pool", "slots"},  # pure logic
-    {"inputs", "outputs", "journal", "endpoint", "mock_server", "progress", "report", "saved"},
+    {
+        "inputs",
+        "outputs",
+        "journal",
+        "endpoint",
+        "mock_server",
+        "progress",
+        "report",
+        "saved",
+        "process",
+    },
     {"plan", "delivery"},  # the passes of a run, each over several edges
     {"runner"},  # the composition
     {"views", "api"},  # what looks at runs without sending; the calls of Python programs

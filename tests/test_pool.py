@@ -254,6 +254,18 @@ def test_a_model_that_must_wait_keeps_its_order_and_stops_no_other() -> None:
     run(story())
 
 
+def test_with_one_model_nothing_is_read_ahead_into_a_line() -> None:
+    async def story() -> None:
+        fake = Fake(map(request, range(100)))
+        fake.gates.opens["m"] = 100.0
+        waiting: list[int] = []
+        fake.at(50.0, lambda: waiting.append(fake.pool.waiting))
+        await fake.pool.run()
+        assert waiting == [1]
+
+    run(story())
+
+
 def test_two_paced_models_both_make_progress() -> None:
     async def story() -> None:
         rows = [request(row, "ab"[row % 2]) for row in range(40)]
@@ -426,6 +438,11 @@ def test_a_run_in_which_everybody_waits_stops_at_once() -> None:
         await behind_a_gate.pool.run()
         assert fake.now == 60.0
         assert behind_a_gate.book.sent == []
+        # No timer is left that would look for a row later.
+        late: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: late.append(context))
+        await asyncio.sleep(2000.0)
+        assert late == []
 
     run(story())
 

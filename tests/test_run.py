@@ -507,7 +507,9 @@ def test_rejected_rows_wait_for_retry_failed_and_passing_ones_do_not(
     assert submit(*command).code == 3
     assert table()["error_kind"] == [None, "rejected", "transient", None]
     failing.clear()
-    assert submit(*command).code == 3
+    ended = submit(*command, "--json")
+    assert ended.code == 3
+    assert ended.summary["rows"]["reused"] == 3
     assert asked(server)[4:] == [2]
     before = identity()
     assert submit(*command).code == 3

@@ -1,0 +1,79 @@
+"""What a run asks of its process: signals, open files, and a patient garbage collector."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+# timeout(1) and some shells signal the process and then its whole group: that is one wish.
+ECHO_S = 0.3
+# Files besides the sockets: journal, inputs, the event loop's own.
+SPARE_FILES = 64
+# The collector would look through every live object again and again; a run makes no cycles.
+GC_THRESHOLD = 200_000
+
+
+@contextmanager
+def signals(ask_to_stop: Callable[[int], None]) -> Iterator[None]:
+    """First SIGINT, SIGTERM or SIGHUP: ``ask_to_stop(signum)``. Second: out at once.
+
+    A signal that was ignored at the start (nohup, background jobs) stays ignored. Leaving at once
+    is safe at any moment: the journal is valid after every write.
+    """
+    loop = asyncio.get_running_loop()
+    first_s: float | None = None
+
+    def on_signal(signum: int) -> None:
+        nonlocal first_s
+        if first_s is None:
+            first_s = time.monotonic()
+            ask_to_stop(signum)
+        elif time.monotonic() - first_s > ECHO_S:
+            os._exit(128 + signum)
+
+    caught = [
+        signum
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(signum) is not signal.SIG_IGN
+    ]
+    for signum in caught:
+        loop.add_signal_handler(signum, on_signal, signum)
+    try:
+        yield
+    finally:
+        for signum in caught:
+            loop.remove_signal_handler(signum)
+
+
+def room_for_sockets(wanted: int) -> int:
+    """Raise the soft limit on open files as needed; how many sockets there is room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, soft - SPARE_FILES))
+
+
+@contextmanager
+def patient_collector() -> Iterator[None]:
+    """Leave what is alive now out of every collection, and collect rarely."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
