@@ -23,6 +23,7 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 from glob import glob, has_magic
 from hashlib import blake2b
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple, TypeAlias, cast
 from uuid import UUID
@@ -55,6 +56,7 @@ _READ_BYTES: Final = 1 << 20
 _ZSTD_PIECE_BYTES: Final = 8 << 10
 # Deeper values decode in one place and overflow the stack in the next.
 _DEPTH_LIMIT: Final = 400
+_SHALLOW_BYTES: Final = 2 * _DEPTH_LIMIT
 # One column per key: a file whose keys are data would make a table nobody can read.
 _COLUMN_LIMIT: Final = 5_000
 # Integers up to here are exact as doubles.
@@ -422,17 +424,15 @@ def head(file: InputFile, rows: int = HEAD_ROWS) -> tuple[list[str], list[Row]]:
 
 
 def _head_of_lines(file: InputFile, wanted: int) -> tuple[list[str], list[Row]]:
-    columns: dict[str, None] = {}
     good: list[Row] = []
     size_bytes = 0
-    for _, row, line_bytes in _lines(file):
-        if isinstance(row, dict):
-            good.append(row)
-            columns.update(dict.fromkeys(row))
-            size_bytes += line_bytes
-            if len(good) == wanted or size_bytes >= _HEAD_BYTES:
-                break
-    return list(columns), good
+    for _, rows, group_bytes in _groups(file):
+        good += [row for row in rows if isinstance(row, dict)]
+        size_bytes += group_bytes
+        if len(good) >= wanted or size_bytes >= _HEAD_BYTES:
+            break
+    del good[wanted:]
+    return list(dict.fromkeys(itertools.chain.from_iterable(good))), good
 
 
 def read(
@@ -453,39 +453,44 @@ def read(
 
 
 def _read_lines(file: InputFile, carry: Carried | None) -> Iterator[Batch]:
-    numbers: list[int] = []
-    rows: Rows = []
-    size_bytes = 0
     nothing = True
-    for number, row, line_bytes in _lines(file):
-        numbers.append(number)
-        rows.append(row)
-        size_bytes += line_bytes
-        if len(rows) == BATCH_ROWS or size_bytes >= _BATCH_BYTES:
-            yield Batch(numbers, rows, carry.from_rows(rows) if carry else None)
-            numbers, rows, size_bytes, nothing = [], [], 0, False
-    if rows or nothing:
+    for numbers, rows, _ in _groups(file):
         yield Batch(numbers, rows, carry.from_rows(rows) if carry else None)
+        nothing = False
+    if nothing:
+        yield Batch([], [], carry.from_rows([]) if carry else None)
 
 
 # --- JSON lines --------------------------------------------------------------------------------
 
 
-def _lines(file: InputFile) -> Iterator[tuple[int, Row | BadRow, int]]:
-    """Number, verdict and size of every line that is not blank."""
+def _groups(file: InputFile) -> Iterator[tuple[Sequence[int], Rows, int]]:
+    """Numbers and verdicts of the lines that are not blank, by the batch, and its bytes."""
+    first = 1
+    for lines, size_bytes in _lines(file):
+        numbers, rows = _verdicts(first, lines)
+        first += len(lines)
+        if rows:
+            yield numbers, rows, size_bytes
+
+
+def _lines(file: InputFile) -> Iterator[tuple[list[bytes], int]]:
+    """All lines, as many at a time as make a batch, and their bytes; over-long ones cut."""
     with _mapped_errors(file), _opened(file) as stream:
-        for number in itertools.count(1):
-            line = stream.readline(_LINE_LIMIT_BYTES)
-            if not line:
-                return
-            if number == 1:
-                _refuse_other_formats(line, file)
-                line = line.removeprefix(b"\xef\xbb\xbf")
+        start = stream.readline(_LINE_LIMIT_BYTES)
+        _refuse_other_formats(start, file)
+        more = iter(partial(stream.readline, _LINE_LIMIT_BYTES), b"")
+        lines: list[bytes] = []
+        size_bytes = 0
+        for line in itertools.chain((start.removeprefix(b"\xef\xbb\xbf"),), more):
             if len(line) >= _LINE_LIMIT_BYTES and not line.endswith(b"\n"):
                 _skip_line(stream)
-                yield number, BadRow(f"longer than {_LINE_LIMIT_BYTES >> 20} MB"), 0
-            elif line and not line.isspace():
-                yield number, _row(line), len(line)
+            lines.append(line)
+            size_bytes += len(line)
+            if len(lines) == BATCH_ROWS or size_bytes >= _BATCH_BYTES:
+                yield lines, size_bytes
+                lines, size_bytes = [], 0
+        yield lines, size_bytes
 
 
 def _skip_line(stream: BinaryIO) -> None:
@@ -493,18 +498,41 @@ def _skip_line(stream: BinaryIO) -> None:
         pass
 
 
-_DECODER: Final = msgspec.json.Decoder()
+_decode: Final = msgspec.json.Decoder().decode
+_ONLY_OBJECTS: Final = {dict}
+
+
+def _verdicts(first: int, lines: list[bytes]) -> tuple[Sequence[int], Rows]:
+    """Number and verdict of every line that is not blank."""
+    try:
+        # One call for all: nearly every line is an object, and a short one cannot nest deeply.
+        values = list(map(_decode, lines))
+    except (ValueError, RecursionError):
+        values = []
+    if values and set(map(type, values)) == _ONLY_OBJECTS:
+        if max(map(len, lines)) > _SHALLOW_BYTES:
+            values = list(map(_checked, lines, values))
+        return range(first, first + len(lines)), values
+    told = [(n, _row(line)) for n, line in enumerate(lines, first) if line and not line.isspace()]
+    return [number for number, _ in told], [row for _, row in told]
 
 
 def _row(line: bytes) -> Row | BadRow:
     """The verdict on one line."""
     try:
-        value = _DECODER.decode(line)
+        value = _decode(line)
     except (ValueError, RecursionError):
         # msgspec also refuses what is JSON: 1e400, escapes of lone surrogates; and NaN.
         value = _decoded_slowly(line)
+    return _checked(line, value)
+
+
+def _checked(line: bytes, value: JSONValue | Decimal | BadRow) -> Row | BadRow:
+    """``value`` if it is an object and within the limits."""
+    if len(line) >= _LINE_LIMIT_BYTES and not line.endswith(b"\n"):
+        return BadRow(f"longer than {_LINE_LIMIT_BYTES >> 20} MB")
     if isinstance(value, dict):
-        nested = len(line) > 2 * _DEPTH_LIMIT and line.count(b"[") + line.count(b"{")
+        nested = len(line) > _SHALLOW_BYTES and line.count(b"[") + line.count(b"{")
         if nested > _DEPTH_LIMIT and _is_deep(value):
             return BadRow(f"nested more than {_DEPTH_LIMIT} levels deep")
         return value
@@ -843,31 +871,29 @@ class ColumnTypes:
             self._observe_named(batch.rows)
 
     def _observe_all(self, rows: Rows) -> None:
-        kinds = self._kinds
-        for row in rows:
-            if type(row) is not dict:
-                continue
-            for name, value in row.items():
-                kind: type = type(value)
-                if isinstance(value, int) and not -_EXACT <= value <= _EXACT:
-                    kind = _int_kind(value)
-                try:
-                    kinds[name].add(kind)
-                except KeyError:
-                    self._admit(name)
-                    kinds[name] = {kind}
+        columns = _columns_of(rows)
+        if columns is None:
+            for row in rows:
+                if type(row) is dict:
+                    for name, value in row.items():
+                        self._note(name, _kinds_of((value,)))
+            return
+        for name, values in columns.items():
+            self._note(name, _kinds_of(values))
+
+    def _note(self, name: str, kinds: set[type]) -> None:
+        try:
+            self._kinds[name] |= kinds
+        except KeyError:
+            self._admit(name)
+            self._kinds[name] = kinds
 
     def _observe_named(self, rows: Rows) -> None:
         for name in self._carry or ():
-            kinds = self._kinds[name]
-            for row in rows:
-                if type(row) is dict and name in row:
-                    value = row[name]
-                    kind: type = type(value)
-                    if isinstance(value, int) and not -_EXACT <= value <= _EXACT:
-                        kind = _int_kind(value)
-                    kinds.add(kind)
-                    self._order[name] = None
+            values = [row[name] for row in rows if type(row) is dict and name in row]
+            if values:
+                self._order[name] = None
+                self._note(name, _kinds_of(values))
 
     def _observe_table(self, file: InputFile) -> None:
         with _table(file) as table:
@@ -908,6 +934,26 @@ class ColumnTypes:
 class _TableType(NamedTuple):
     type: pa.DataType
     fits_double: bool  # every integer in it is exact as a double
+
+
+def _columns_of(rows: Rows) -> dict[str, list[JSONValue]] | None:
+    """The values by column; None unless all rows are good and have the same columns."""
+    good = cast("list[Row]", rows)
+    try:
+        if len(set(map(len, good))) > 1:
+            return None
+        return {name: list(map(itemgetter(name), good)) for name in good[0]}
+    except (IndexError, KeyError, TypeError):
+        return None
+
+
+def _kinds_of(values: Sequence[JSONValue]) -> set[type]:
+    kinds = set(map(type, values))
+    if int in kinds:
+        whole = [value for value in values if type(value) is int]
+        if min(whole) < -_EXACT or max(whole) > _EXACT:
+            kinds |= {_int_kind(value) for value in whole if not -_EXACT <= value <= _EXACT}
+    return kinds
 
 
 def _int_kind(value: int) -> type:

@@ -23,8 +23,6 @@ from batchrun.cli import (
     build_config,
     cli,
     command_to_paste,
-    default_output,
-    output_format,
     parse_carry,
     parse_deadline,
     parse_duration,
@@ -35,7 +33,7 @@ from batchrun.cli import (
     run_command,
     unknown_variables,
 )
-from batchrun.config import RunConfig
+from batchrun.config import RunConfig, default_output, output_format
 from batchrun.errors import UsageError
 from batchrun.providers import DEFAULT_BASE_URL, DEFAULT_MODEL
 

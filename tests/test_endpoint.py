@@ -16,15 +16,8 @@ import pytest
 from batchrun import endpoint as room
 from batchrun.endpoint import ChatEndpoint, proxy_for
 from batchrun.errors import BatchrunError, EndpointRefused, StoppedEarly
-from batchrun.mock_server import (
-    Knobs,
-    MockReply,
-    MockRequest,
-    MockServer,
-    Respond,
-    StreamUsage,
-    completion,
-)
+from batchrun.mock_replies import StreamUsage
+from batchrun.mock_server import Knobs, MockReply, MockRequest, MockServer, Respond, completion
 from batchrun.prompts import encode, request_hash
 from batchrun.providers import Endpoint, Secret, resolve
 from batchrun.retry import classify

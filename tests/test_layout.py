@@ -25,7 +25,17 @@ PACKAGE = ROOT / "batchrun"
 # Bottom up. A room imports from lower layers only: those of one layer ignore each other.
 LAYERS = (
     {"errors", "types", "config", "providers"},  # vocabulary
-    {"prompts", "answers", "retry", "limits", "sse", "accounting", "pool", "slots"},  # pure logic
+    {
+        "prompts",
+        "answers",
+        "retry",
+        "limits",
+        "sse",
+        "accounting",
+        "pool",
+        "slots",
+        "mock_replies",
+    },  # pure logic
     {
         "inputs",
         "outputs",

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
+from crash_harness import write_rows
 
 from batchrun import runner
 from batchrun.config import RunConfig
 from batchrun.mock_server import Entry, Knobs, Ledger, MockServer
 from batchrun.providers import resolve
 from batchrun.types import RunSummary, Usage
-from crash_harness import write_rows
 
 SEEDS = int(os.environ.get("LEDGER_SEEDS", "40"))
 TOGETHER = 20

@@ -21,14 +21,13 @@ import aiohttp
 import pytest
 
 from batchrun.errors import LocalIOError, UsageError
+from batchrun.mock_replies import FAULTS, StreamUsage
 from batchrun.mock_server import (
-    FAULTS,
     Knobs,
     MockReply,
     MockRequest,
     MockServer,
     MockServerThread,
-    StreamUsage,
     completion,
     error_reply,
     fault_reply,
