@@ -42,7 +42,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
@@ -54,7 +54,7 @@ from msgspec.structs import astuple, replace
 
 from batchrun.config import IfLocked
 from batchrun.errors import JournalDamaged, LocalIOError, Locked
-from batchrun.slots import MAX_IN_DOUBT, Held, SlotTable
+from batchrun.slots import MAX_IN_DOUBT, Held, SlotTable, Survey
 from batchrun.types import NO_USAGE, Outcome, OutcomeKind, Usage
 
 __all__ = [
@@ -112,6 +112,8 @@ _BLOCK = 1 << 20
 _LONGEST = 1 << 33  # more than any length field says
 # Holds a usual record whole, so that reading one is one system call.
 _READ_AHEAD = 4096
+# Reading over what lies between two records is cheaper than another system call up to about here.
+_WIDEST_GAP = 64 << 10
 _MOST_OPEN_SEGMENTS = 16
 _MOST_FILLER = 1 << 20
 
@@ -272,6 +274,14 @@ class Journal:
         """
         return self._table.claim(hash)
 
+    def claim_all(self, hashes: Iterable[bytes]) -> list[int]:
+        """The slots of several rows, as ``claim`` gives them one by one."""
+        return self._table.claim_all(hashes)
+
+    def survey(self, slots: Sequence[int]) -> Survey:
+        """What is held for these slots, in sum."""
+        return self._table.survey(slots)
+
     def forget_passes(self) -> None:
         """Free what only ``claim`` needs; ``begin_pass`` derives it again."""
         self._table.forget_passes()
@@ -295,9 +305,58 @@ class Journal:
             raise KeyError(slot)
         segment, offset = divmod(self._table.position(slot), 1 << _OFFSET_BITS)
         try:
-            return _decode_outcome(self._read_frame(segment, offset))
+            frame = self._read_frame(segment, offset)
         except OSError as exc:
             raise _io_error(_segment_path(self.run_path, segment), "read", exc) from exc
+        return _decode_outcome(frame, _BODY_AT, len(frame))
+
+    def read_all(self, slots: Sequence[int]) -> list[Outcome | None]:
+        """The outcomes of several slots, in their order; None for a NEW one.
+
+        Rows end in about the order they were sent, so what a slice of the input needs lies close
+        together: it is read in blocks, which costs a third of reading record by record.
+        """
+        outcomes: list[Outcome | None] = [None] * len(slots)
+        position, held = self._table.position, self._table.held
+        wanted = sorted(
+            (position(slot), at) for at, slot in enumerate(slots) if held(slot) is not Held.NEW
+        )
+        for run in _runs(wanted):
+            segment, start = divmod(run[0][0], 1 << _OFFSET_BITS)
+            try:
+                self._read_run(segment, start, run, outcomes)
+            except OSError as exc:
+                raise _io_error(_segment_path(self.run_path, segment), "read", exc) from exc
+        return outcomes
+
+    def _read_run(
+        self,
+        segment: int,
+        start: int,
+        run: list[tuple[int, int]],
+        outcomes: list[Outcome | None],
+    ) -> None:
+        """Decode what lies at these positions of one segment into its places."""
+        salt, base = self._salt_of(segment), _position(segment, start)
+        block = os.pread(self._reader(segment), run[-1][0] - base + _READ_AHEAD, start)
+        view, length, unpack = memoryview(block), len(block), _FRAME.unpack_from
+        for position, place in run:
+            at = position - base
+            if at + _BODY_AT <= length:
+                magic, covered, crc, kind = unpack(block, at)
+                end = at + _CRC_END + covered
+                # Not _is_whole: every record of a run passes here.
+                if (
+                    end <= length
+                    and magic == _MAGIC
+                    and kind == OUTCOME
+                    and _crc32(view[at + _CRC_END : end], salt) == crc
+                ):
+                    outcomes[place] = _decode_outcome(block, at + _BODY_AT, end)
+                    continue
+            # Longer than the block, or not whole.
+            frame = self._read_frame(segment, start + at)
+            outcomes[place] = _decode_outcome(frame, _BODY_AT, len(frame))
 
     def _read_frame(self, segment: int, offset: int) -> bytes:
         fd = self._reader(segment)
@@ -308,7 +367,7 @@ class Journal:
         whole = 0 < end <= len(frame) and _is_whole(frame, 0, end, self._salt_of(segment))
         if not whole or frame[_CRC_END] != OUTCOME:
             raise _damaged(_segment_path(self.run_path, segment), offset)
-        return frame[_BODY_AT:end]
+        return frame[:end]
 
     def _salt_of(self, segment: int) -> int:
         return _salt(self.header.run_id, segment)
@@ -597,13 +656,15 @@ def _storable(outcome: Outcome) -> Outcome:
     )
 
 
-def _decode_outcome(payload: bytes) -> Outcome:
+def _decode_outcome(block: bytes, at: int, end: int) -> Outcome:
+    """The OUTCOME whose payload lies there."""
     (
         hash_, occurrence, kind, flags, status, attempts, in_doubt, finished_at_ms,
         latency_s, ttft_s, prompt, completion, total, cached, reasoning, meta_bytes,
-    ) = _NUMBERS.unpack_from(payload)  # fmt: skip
-    body_at = _NUMBERS.size + meta_bytes
-    meta = _decode_meta(payload[_NUMBERS.size : body_at])
+    ) = _NUMBERS.unpack_from(block, at)  # fmt: skip
+    at += _NUMBERS.size
+    body_at = at + meta_bytes
+    meta = _decode_meta(block[at:body_at])
     return Outcome(
         hash_,
         occurrence,
@@ -627,9 +688,22 @@ def _decode_outcome(payload: bytes) -> Outcome:
             cached if cached >= 0 else None,
             reasoning if reasoning >= 0 else None,
         ),
-        payload[body_at:],
+        block[body_at:end],
         bool(flags & _REBUILT),
     )
+
+
+def _runs(wanted: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Cut sorted (position, place) pairs where a gap is not worth reading over."""
+    start = 0
+    for at in range(1, len(wanted) + 1):
+        if (
+            at == len(wanted)
+            or wanted[at][0] - wanted[at - 1][0] > _WIDEST_GAP
+            or wanted[at][0] - wanted[start][0] > _BLOCK
+        ):
+            yield wanted[start:at]
+            start = at
 
 
 def _held_by(ok: bool, final: bool) -> Held:

@@ -15,10 +15,11 @@ ends a search.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from itertools import islice
 from struct import Struct
+from typing import NamedTuple
 
 
 class Held(IntEnum):
@@ -44,12 +45,20 @@ _HELD = 0b0011
 _CLAIMED = 0b0100  # given out in this pass
 _REPEAT = 0b1000  # occurrence 1 or later
 _UNCLAIM = bytes(flags & ~_CLAIMED for flags in range(256))
+_ONLY_HELD = bytes(flags & _HELD for flags in range(256))
 
 # Held answers are given out by worth, whatever their occurrence; the rest in order, then new ones.
 _ORDER = (Held.OK, Held.REJECTED, Held.PASSING)
 _ANY = len(_ORDER)
 _CURSOR_BITS = 30
 _CURSOR = (1 << _CURSOR_BITS) - 1
+
+
+class Survey(NamedTuple):
+    """What is held for a number of slots."""
+
+    held: list[int]  # how many, by Held
+    repeats: int  # how many are not the first of their hash
 
 
 class SlotTable:
@@ -94,6 +103,14 @@ class SlotTable:
         """Where the outcome is kept; meaningless for a NEW slot."""
         return self._position[slot]
 
+    def survey(self, slots: Sequence[int]) -> Survey:
+        """What is held for these slots, in sum."""
+        flags = bytes(map(self._flags.__getitem__, slots))
+        held = flags.translate(_ONLY_HELD)
+        return Survey(
+            [held.count(each) for each in Held], sum(map(_REPEAT.__and__, flags)) // _REPEAT
+        )
+
     def in_doubt(self, slot: int) -> int:
         return self._in_doubt[slot]
 
@@ -111,18 +128,33 @@ class SlotTable:
         OK slots come first, then REJECTED, then PASSING, each by occurrence; then the others, and
         when all are given out a new one. Constant time, averaged over a pass.
         """
-        low, high = _KEY.unpack(hash_)
-        # The probing of _lookup, in line: this runs once for every row of the input.
-        index, mask, lows = self._index, self._mask, self._low
-        place = low & mask
-        while (first := index[place]) != _EMPTY:
-            if lows[first] == low and self._high[first] == high:
-                return self._claim_next(first, low, high)
-            place = (place + 1) & mask
-        first = self._insert(place, low, high)
-        self._flags[first] = _CLAIMED
-        self._number[first] = _ANY << _CURSOR_BITS | 1
-        return first
+        return self.claim_all((hash_,))[0]
+
+    def claim_all(self, hashes: Iterable[bytes]) -> list[int]:
+        """The slots of several rows, as ``claim`` gives them one by one."""
+        unpack, lows, highs, flags, number = (
+            _KEY.unpack, self._low, self._high, self._flags, self._number,
+        )  # fmt: skip
+        slots = []
+        for hash_ in hashes:
+            low, high = unpack(hash_)
+            # The probing of _lookup, in line: this runs once for every row of the input.
+            index, mask = self._index, self._mask
+            place = low & mask
+            while (slot := index[place]) != _EMPTY and (lows[slot] != low or highs[slot] != high):
+                place = (place + 1) & mask
+            if slot == _EMPTY:
+                slot = self._insert(place, low, high)
+                flags[slot] = _CLAIMED
+                number[slot] = _ANY << _CURSOR_BITS | 1
+            elif flags[slot] == Held.OK and not number[slot]:
+                # What resuming meets nearly always: the first claim of a hash that is answered.
+                flags[slot] = Held.OK | _CLAIMED
+                number[slot] = 1
+            else:
+                slot = self._claim_next(slot, low, high)
+            slots.append(slot)
+        return slots
 
     def _claim_next(self, first: int, low: int, high: int) -> int:
         progress = self._number[first]
