@@ -190,6 +190,7 @@ class Pool:
         self._idle: deque[asyncio.Future[None]] = deque()
         self._busy: dict[asyncio.Task[None], Request] = {}
         self._workers = 0
+        self._line_moved = False
         self._group: asyncio.TaskGroup | None = None
         self._finished = asyncio.Event()
         self._cut_timer: asyncio.TimerHandle | None = None
@@ -296,6 +297,10 @@ class Pool:
                         return
                     continue
                 self._busy[task] = request
+                if self._line_moved:
+                    # Only now: a request in no line and with no worker yet would not be seen.
+                    self._line_moved = False
+                    self.staff()
                 try:
                     self._desk.sending(request)
                     attempt = await self._send(request)
@@ -353,7 +358,7 @@ class Pool:
         if self._lines:
             request = self._from_lines(now)
             if request is not None:
-                self.staff()
+                self._line_moved = True
                 return request
         while True:
             if self._ready:

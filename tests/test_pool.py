@@ -240,6 +240,17 @@ def test_rows_that_failed_go_before_new_ones() -> None:
     run(story())
 
 
+def test_the_last_row_of_a_line_is_not_forgotten_when_it_fails() -> None:
+    async def story() -> None:
+        fake = Fake(map(request, range(3)), window=3, judge=fails_once())
+        fake.gates.opens["m"] = 5.0
+        fake.gates.pace["m"] = 2.0
+        assert await fake.pool.run() is None
+        assert sorted(fake.book.settled_rows) == [(0, ""), (1, ""), (2, "")]
+
+    run(story())
+
+
 def test_a_model_that_must_wait_keeps_its_order_and_stops_no_other() -> None:
     async def story() -> None:
         rows = [request(row, "slow" if row % 2 == 0 else "fast") for row in range(20)]
