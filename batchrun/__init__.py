@@ -3,7 +3,7 @@
     import batchrun
 
     summary = batchrun.submit("prompts.jsonl", mock=True)          # also under a running loop
-    summary = await batchrun.run(config)                           # a RunConfig, all choices made
+    summary = await batchrun.run(batchrun.make_config("prompts.jsonl", mock=True))
     async with batchrun.complete(prompts, mock=True) as results:   # no file, no journal
         async for result in results:
             print(result.response)
@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchrun.api import complete, submit
+    from batchrun.api import complete, make_config, submit
     from batchrun.config import VERSION as __version__
     from batchrun.config import Allowance, RunConfig
     from batchrun.errors import (
@@ -52,12 +52,14 @@ __all__ = [
     "UsageError",
     "__version__",
     "complete",
+    "make_config",
     "run",
     "submit",
 ]
 
 _HOMES = {
     "complete": "api",
+    "make_config": "api",
     "submit": "api",
     "run": "runner",
     "RunConfig": "config",

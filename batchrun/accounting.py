@@ -238,7 +238,7 @@ class OutputTally:
         if outcome is None:
             self._without_outcome(invalid_reason, custom_id, source)
             return
-        self._tokens.add(outcome.usage if answer is None else answer.usage)
+        self._tokens.add(outcome.usage)
         if outcome.occurrence:
             self.duplicate += 1
         if outcome.model not in self._models and len(self._models) < MAX_MODELS:

@@ -91,14 +91,20 @@ class _Choice(Struct, gc=False):
     error: None = None  # anything but null is a surprise: OpenRouter's failed generation
 
 
-class _Completion(Struct, gc=False):
+class _Columns(Struct, gc=False):
+    """A completion, as far as it fills columns; the decoder skips over the rest."""
+
     choices: Annotated[list[_Choice], Meta(min_length=1)]
     model: str | None = None
-    usage: _Usage | None = None
     error: None = None  # anything but null is a surprise
 
 
+class _Completion(_Columns, gc=False):
+    usage: _Usage | None = None
+
+
 _decode = msgspec.json.Decoder(_Completion).decode
+_decode_columns = msgspec.json.Decoder(_Columns).decode
 _decode_raw = msgspec.json.Decoder(Raw).decode
 _BEGINS_LATE = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*[{\[]")
 # UnicodeDecodeError is a ValueError; RecursionError is what JSON nested without end brings.
@@ -125,7 +131,16 @@ def answer(body: bytes) -> Answer:
     gives an empty Answer.
     """
     try:
-        return _answer(_decode(body))
+        completion = _decode(body)
+        return _answer(completion, _usage_in(completion))
+    except _SURPRISES:
+        return _answer_surprise(body)
+
+
+def columns(body: bytes) -> Answer:
+    """As ``answer``, but without the usage, which an outcome has already: in half the time."""
+    try:
+        return _answer(_decode_columns(body), NO_USAGE)
     except _SURPRISES:
         return _answer_surprise(body)
 
@@ -187,7 +202,6 @@ def _reply(completion: _Completion, error: ErrorBody | None) -> Reply:
     choice = choices[0] if len(choices) == 1 else _choice_0(choices)
     message = choice.message or _NO_MESSAGE
     refused = bool(message.refusal)
-    usage = completion.usage
     return Reply(
         True,
         len(choices),
@@ -197,26 +211,29 @@ def _reply(completion: _Completion, error: ErrorBody | None) -> Reply:
         or bool(message.tool_calls or message.reasoning_content or message.reasoning),
         refused,
         completion.model,
-        NO_USAGE if usage is None else _normalised(usage),
+        _usage_in(completion),
         error,
     )
 
 
-def _answer(completion: _Completion) -> Answer:
+def _answer(completion: _Columns, usage: Usage) -> Answer:
     choices = completion.choices
     choice = choices[0] if len(choices) == 1 else _choice_0(choices)
     message = choice.message or _NO_MESSAGE
     refused = bool(message.refusal)
-    usage = completion.usage
     return Answer(
         message.refusal if refused and not message.content else message.content,
         choice.finish_reason,
         completion.model,
-        NO_USAGE if usage is None else _normalised(usage),
+        usage,
         message.reasoning_content or message.reasoning or None,
         _joined(message.tool_calls) if message.tool_calls else None,
         refused,
     )
+
+
+def _usage_in(completion: _Completion) -> Usage:
+    return NO_USAGE if completion.usage is None else _normalised(completion.usage)
 
 
 def _choice_0(choices: list[_Choice]) -> _Choice:
@@ -298,7 +315,9 @@ def _answer_surprise(body: bytes) -> Answer:
         return Answer()
     if completion is None:
         return Answer(response_model=_model(value), usage=_usage_of(value))
-    return msgspec.structs.replace(_answer(completion), surrogates=replaced + more)
+    return msgspec.structs.replace(
+        _answer(completion, _usage_in(completion)), surrogates=replaced + more
+    )
 
 
 def _text(body: bytes) -> tuple[str, int]:
@@ -366,7 +385,9 @@ def _coerced(value: Any) -> _Completion | None:
     if not isinstance(choices, list) or not choices:
         return None
     return _Completion(
-        [_coerced_choice(choice) for choice in choices], _model(value), _coerced_usage(value)
+        [_coerced_choice(choice) for choice in choices],
+        _model(value),
+        usage=_coerced_usage(value),
     )
 
 

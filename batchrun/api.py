@@ -80,9 +80,11 @@ def submit(
 
 
 def make_config(
-    input: str | os.PathLike[str] | Rows, output: str | os.PathLike[str] | None, **options: Any
+    input: str | os.PathLike[str] | Rows,
+    output: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> RunConfig:
-    """A RunConfig from the words of the Python API; UsageError for one that does not exist."""
+    """What ``run`` takes, from the words of ``submit``; UsageError for one that does not exist."""
     where = {name: options.pop(name, None) for name in _ENDPOINT_WORDS}
     allow_http = bool(options.pop("allow_http", False))
     known = {field.name for field in fields(RunConfig)} - {"inputs", "output", "endpoint"}

@@ -55,7 +55,7 @@ from msgspec.structs import astuple, replace
 from batchrun.config import IfLocked
 from batchrun.errors import JournalDamaged, LocalIOError, Locked
 from batchrun.slots import MAX_IN_DOUBT, Held, SlotTable, Survey
-from batchrun.types import NO_USAGE, Outcome, OutcomeKind, Usage
+from batchrun.types import Outcome, OutcomeKind, Usage
 
 __all__ = [
     "FORMAT",
@@ -66,6 +66,7 @@ __all__ = [
     "Lock",
     "Recovery",
     "Status",
+    "Survey",
     "holder",
     "lock",
     "read_status",
@@ -88,7 +89,7 @@ _TRIED = Struct("<B16sIB")  # with the type in front: SENT, FAILED and REOPEN ar
 _POSITION = Struct("<Q")
 _TYPED_NUMBERS = Struct("<B16sIBBHIIqdd5qI")
 _NUMBERS = Struct("<16sIBBHIIqdd5qI")  # the last is the length of the JSON after it
-_REPLAYED = Struct("<16sIBB6xI24x5q")  # of those: hash, occurrence, kind, flags, in doubt, tokens
+_REPLAYED = Struct("<16sIBB6xI")  # of those: hash, occurrence, kind, flags, in doubt
 # Their numbers are on disk: append, never reorder.
 _KINDS: tuple[OutcomeKind, ...] = (
     "ok",
@@ -100,6 +101,7 @@ _KINDS: tuple[OutcomeKind, ...] = (
 )
 _KIND_NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
 _OK = _KIND_NUMBER["ok"]
+_OK_HELD = int(Held.OK)
 _FINAL, _REBUILT = 1, 2
 _NOT_A_NUMBER = float("nan")
 _UNKNOWN = -1  # tokens not reported
@@ -118,14 +120,13 @@ _MOST_OPEN_SEGMENTS = 16
 _MOST_FILLER = 1 << 20
 
 # One replayed event, the same from a segment's frames and from its index file:
-# hash, occurrence, type, what is held (OUTCOME) or in doubt? (FAILED), attempts in doubt, offset,
-# five token counts. _BEGUN marks an end whose SENT stands earlier in the same segment.
-_EVENT = Struct("<16sIBBHQ5q")
-_Event = tuple[bytes, int, int, int, int, int, int, int, int, int, int]
-_NO_TOKENS = (_UNKNOWN,) * 5
+# hash, occurrence, type, what is held (OUTCOME) or in doubt? (FAILED), attempts in doubt, offset.
+# _BEGUN marks an end whose SENT stands earlier in the same segment.
+_EVENT = Struct("<16sIBBHQ")
+_Event = tuple[bytes, int, int, int, int, int]
 _BEGUN = 0x80
 
-_Pending = tuple[int, int, int, int, int, Usage]  # type, slot, held, position, in doubt, tokens
+_Pending = tuple[int, int, int, int, int]  # type, slot, held, position, in doubt
 _CREATE = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
@@ -223,7 +224,6 @@ class Journal:
         self.recovery = recovery
         self.imported = contents.imported
         self._table = contents.table
-        self._tokens = contents.tokens
         self._segment = len(contents.sizes)
         self._size = contents.sizes[-1]
         self._salt = _salt(self.header.run_id, self._segment)
@@ -249,11 +249,6 @@ class Journal:
     def answers(self) -> int:
         """Slots whose answer is settled for good: OK or REJECTED."""
         return self._table.count(Held.OK) + self._table.count(Held.REJECTED)
-
-    @property
-    def tokens(self) -> Usage:
-        """Of all OK outcomes, as the endpoint reported them."""
-        return Usage(*self._tokens)
 
     @property
     def attempts_in_doubt(self) -> int:
@@ -317,11 +312,7 @@ class Journal:
         together: it is read in blocks, which costs a third of reading record by record.
         """
         outcomes: list[Outcome | None] = [None] * len(slots)
-        position, held = self._table.position, self._table.held
-        wanted = sorted(
-            (position(slot), at) for at, slot in enumerate(slots) if held(slot) is not Held.NEW
-        )
-        for run in _runs(wanted):
+        for run in _runs(self._table.kept(slots)):
             segment, start = divmod(run[0][0], 1 << _OFFSET_BITS)
             try:
                 self._read_run(segment, start, run, outcomes)
@@ -390,7 +381,7 @@ class Journal:
     def failed(self, hash: bytes, occurrence: int, slot: int, in_doubt: bool) -> None:
         """An attempt ended without settling its request."""
         self._append_tried(FAILED, hash, occurrence, in_doubt)
-        self._pending.append((FAILED, slot, 0, 0, in_doubt, NO_USAGE))
+        self._pending.append((FAILED, slot, 0, 0, in_doubt))
 
     def settled(self, slot: int, outcome: Outcome) -> None:
         """Keep an outcome; without effect where an OK one is held. The occurrence is the slot's.
@@ -407,20 +398,20 @@ class Journal:
         except (StructError, UnicodeEncodeError):
             outcome = _storable(outcome)
             head = _outcome_head(outcome, occurrence)
-        body, buffer, usage = outcome.body, self._buffer, outcome.usage
+        body, buffer = outcome.body, self._buffer
         crc = _crc32(body, _crc32(head, self._salt))
         position = _position(self._segment, self._size + len(buffer))
         buffer += _PREFIX.pack(_MAGIC, len(head) + len(body), crc)
         buffer += head
         buffer += body
         held = _held_by(outcome.kind == "ok", outcome.final)
-        self._pending.append((OUTCOME, slot, held, position, outcome.in_doubt, usage))
+        self._pending.append((OUTCOME, slot, held, position, outcome.in_doubt))
         self._dirty = True
 
     def reopen(self, slot: int) -> None:
         """A settled failure counts as never settled. An OK answer stays."""
         self._append_tried(REOPEN, self._table.hash(slot), self._table.occurrence(slot), 0)
-        self._pending.append((REOPEN, slot, 0, 0, 0, NO_USAGE))
+        self._pending.append((REOPEN, slot, 0, 0, 0))
 
     def note_imported(self, run_id: str) -> None:
         """The answers of this run's published output have all been taken over."""
@@ -473,10 +464,9 @@ class Journal:
 
     def _apply(self, pending: list[_Pending]) -> None:
         table = self._table
-        for kind, slot, held, position, in_doubt, usage in pending:
+        for kind, slot, held, position, in_doubt in pending:
             if kind == OUTCOME:
-                if table.settled(slot, held, position, in_doubt) and held == Held.OK:
-                    _add_tokens(self._tokens, astuple(usage))
+                table.settled(slot, held, position, in_doubt)
             elif kind == FAILED:
                 table.failed(slot, bool(in_doubt))
             elif kind == REOPEN:
@@ -712,14 +702,6 @@ def _held_by(ok: bool, final: bool) -> Held:
     return Held.REJECTED if final else Held.PASSING
 
 
-def _add_tokens(totals: list[int | None], counts: Iterable[int | None]) -> None:
-    number = 0
-    for count in counts:
-        if count is not None and count >= 0:
-            totals[number] = (totals[number] or 0) + count
-        number += 1  # noqa: SIM113 - enumerate costs a tuple a count, a fifth of the whole loop
-
-
 # ── replaying ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -737,23 +719,21 @@ class _Contents:
 
     header: Header
     table: SlotTable = field(default_factory=SlotTable)
-    tokens: list[int | None] = field(default_factory=lambda: [None] * 5)
     imported: set[str] = field(default_factory=set)
     gaps: list[_Gap] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     durable: int = 0  # the last position a SYNC vouches for
 
     def take(self, segment: int, events: Iterator[_Event]) -> None:
-        table, tokens = self.table, self.tokens
-        base = _position(segment, 0)
-        for hash_, occurrence, kind, state, in_doubt, offset, *counts in events:
-            slot = table.find(hash_, occurrence)
+        table, base = self.table, _position(segment, 0)
+        find, settled, sent = table.find, table.settled, table.sent
+        for hash_, occurrence, kind, state, in_doubt, offset in events:
+            slot = find(hash_, occurrence)
             if state & _BEGUN or kind == SENT:
-                table.sent(slot)
+                sent(slot)
                 state &= ~_BEGUN
             if kind == OUTCOME:
-                if table.settled(slot, state, base + offset, in_doubt) and state == Held.OK:
-                    _add_tokens(tokens, counts)
+                settled(slot, state, base + offset, in_doubt)
             elif kind == FAILED:
                 table.failed(slot, bool(state))
             elif kind == REOPEN:
@@ -808,25 +788,25 @@ class _Segment:
         An attempt's SENT is folded into its end. Fills ``summary`` and ``gaps`` on the way.
         """
         sent: dict[bytes, int] = {}
-        replayed = _REPLAYED.unpack_from
+        replayed, key_bytes = _REPLAYED.unpack_from, _REQUEST.size
         for offset, kind, block, at, end in self._frames():
             if not SENT <= kind <= REOPEN:
                 self._note(kind, block[at:end])
                 continue
-            key = block[at : at + _REQUEST.size]
-            begun = 0 if sent.pop(key, None) is None else _BEGUN
-            if kind == OUTCOME:
-                hash_, occurrence, number, flags, in_doubt, *tokens = replayed(block, at)
-                held = _held_by(number == _OK, bool(flags & _FINAL))
-                in_doubt = min(in_doubt, MAX_IN_DOUBT)
-                yield hash_, occurrence, OUTCOME, held | begun, in_doubt, offset, *tokens
-            elif kind == SENT:
-                if begun:
+            key = block[at : at + key_bytes]
+            if kind == SENT:
+                if key in sent:
                     yield _sent_event(key, offset)
                 sent[key] = offset
+                continue
+            begun = 0 if sent.pop(key, None) is None else _BEGUN
+            if kind == OUTCOME:
+                hash_, occurrence, number, flags, in_doubt = replayed(block, at)
+                held = _OK_HELD if number == _OK else _held_by(False, bool(flags & _FINAL))
+                yield hash_, occurrence, OUTCOME, held | begun, min(in_doubt, MAX_IN_DOUBT), offset
             else:
-                state = block[at + _REQUEST.size] | begun
-                yield *_REQUEST.unpack(key), kind, state, 0, offset, *_NO_TOKENS
+                state = block[at + key_bytes] | begun
+                yield *_REQUEST.unpack(key), kind, state, 0, offset
         for key, offset in sent.items():
             yield _sent_event(key, offset)
 
@@ -890,7 +870,7 @@ class _Segment:
 
 def _sent_event(key: bytes, offset: int) -> _Event:
     hash_, occurrence = _REQUEST.unpack(key)
-    return hash_, occurrence, SENT, 0, 0, offset, *_NO_TOKENS
+    return hash_, occurrence, SENT, 0, 0, offset
 
 
 def _replay(state: Path, *, keep_indexes: bool) -> _Contents | None:
@@ -964,7 +944,7 @@ def _fill(fd: int, start: int, end: int, salt: int) -> None:
 # ── index files ──────────────────────────────────────────────────────────────────────────────────
 
 _INDEX_HEAD = Struct("<4sII")  # magic, length of the summary, its checksum
-_INDEX_MAGIC = b"\xf5BX\x01"
+_INDEX_MAGIC = b"\xf5BX\x02"
 
 
 def _take_sealed(contents: _Contents, segment: _Segment, *, keep_index: bool) -> None:

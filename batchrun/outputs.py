@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from msgspec import Raw, Struct
 
 from batchrun import answers, prompts
-from batchrun.accounting import OutputTally
+from batchrun.accounting import INVALID_INPUT, OutputTally
 from batchrun.config import OutputFormat
 from batchrun.errors import LocalIOError
 from batchrun.types import (
@@ -73,6 +73,25 @@ _PASSING: Final[frozenset[str]] = frozenset(
     {"rate_limit", "transient", "timeout", "invalid_response"}
 )
 _NO_ANSWER = Answer()
+# Stands for a row that never became a request: every column it fills is null or zero.
+_NOT_SENT = Outcome(
+    hash=b"",
+    occurrence=0,
+    kind="rejected",
+    final=True,
+    attempts=0,
+    in_doubt=0,
+    http_status=None,
+    code="",
+    message="",
+    request_id="",
+    model="",
+    latency_s=None,
+    ttft_s=None,
+    finished_at_ms=0,
+    usage=NO_USAGE,
+    body=b"",
+)
 
 
 class InvalidRow(Struct, frozen=True, gc=False):
@@ -134,13 +153,25 @@ class Footer(Struct, frozen=True, kw_only=True):
 
 class _Row(NamedTuple):
     custom_id: str
-    outcome: Outcome | None  # None: invalid input
+    outcome: Outcome  # _NOT_SENT: invalid input
     answer: Answer
     message: str  # of the error, "" when there is none
 
 
+class _Rows(NamedTuple):
+    """The rows of a piece, by column: one tuple a row would be most of what publishing costs."""
+
+    custom_ids: Sequence[str]
+    outcomes: Sequence[Outcome]
+    answers: Sequence[Answer]
+    messages: Sequence[str]
+
+    def one_by_one(self) -> Iterator[_Row]:
+        return map(_Row, *self)
+
+
 class _Writer(Protocol):
-    def write(self, rows: list[_Row], carried: pa.RecordBatch | None) -> None: ...
+    def write(self, rows: _Rows, carried: pa.RecordBatch | None) -> None: ...
 
     def finish(self, footer: Footer) -> None: ...
 
@@ -271,7 +302,7 @@ def _write(
         for whole in slices:
             for piece in _pieces(whole):
                 rows, carried = _told(piece, tally)
-                if rows:
+                if rows.outcomes:
                     writer.write(rows, carried)
         footer = _filled_in(footer, tally)
         writer.finish(footer)
@@ -329,59 +360,78 @@ def _pieces(whole: Slice) -> Iterator[Slice]:
 def _ends(whole: Slice) -> list[int]:
     outcomes, carried = whole.outcomes, whole.carried
     each = 0 if carried is None or not len(outcomes) else carried.nbytes // len(outcomes)
+    sizes = [len(o.body) + each if type(o) is Outcome else each for o in outcomes]
+    if len(outcomes) <= PIECE_ROWS and sum(sizes) < PIECE_BYTES:
+        return [len(outcomes)]
     ends: list[int] = []
     start = size = 0
-    for end, outcome in enumerate(outcomes, 1):
-        size += each
-        if type(outcome) is Outcome:
-            size += len(outcome.body)
-        if size >= PIECE_BYTES or end - start >= PIECE_ROWS or end == len(outcomes):
+    for end, more in enumerate(sizes, 1):
+        size += more
+        if size >= PIECE_BYTES or end - start >= PIECE_ROWS or end == len(sizes):
             ends.append(end)
             start, size = end, 0
     return ends
 
 
-def _told(piece: Slice, tally: OutputTally) -> tuple[list[_Row], pa.RecordBatch | None]:
+def _told(piece: Slice, tally: OutputTally) -> tuple[_Rows, pa.RecordBatch | None]:
     """Tell the tally about every row; return those that are published, with what they carry."""
-    rows: list[_Row] = []
+    outcomes: list[Outcome] = []
+    said: list[Answer] = []
+    special: list[_Row] = []
+    at_special: list[int] = []
     pending: list[int] = []
-    add = tally.add
-    for at, (custom_id, outcome) in enumerate(zip(piece.custom_ids, piece.outcomes, strict=True)):
-        if type(outcome) is Outcome:
-            if outcome.kind == "ok":
-                answer = answers.answer(outcome.body)
-                add(outcome, None, answer, custom_id, "")
-                rows.append(_Row(custom_id, outcome, answer, ""))
-            else:
-                row = _clean_row(_Row(custom_id, outcome, _NO_ANSWER, outcome.message))
-                add(row.outcome, None, None, row.custom_id, _clean(piece.sources[at]))
-                rows.append(row)
-        elif type(outcome) is InvalidRow:
-            source, reason = _clean(piece.sources[at]), _clean(outcome.reason)
-            row = _Row(_clean(custom_id), None, _NO_ANSWER, f"{source}: {reason}")
-            add(None, reason, None, row.custom_id, source)
-            rows.append(row)
-        else:
+    custom_ids, add, read = piece.custom_ids, tally.add, answers.columns
+    for at, (custom_id, outcome) in enumerate(zip(custom_ids, piece.outcomes, strict=True)):
+        if type(outcome) is Outcome and outcome.kind == "ok":
+            answer = read(outcome.body)
+            add(outcome, None, answer, custom_id, "")
+        elif outcome is None:
             add(None, None, None, custom_id, "")
             pending.append(at)
+            continue
+        else:
+            row = _failed(custom_id, outcome, piece.sources[at], tally)
+            at_special.append(len(outcomes))
+            special.append(row)
+            outcome, answer = row.outcome, row.answer
+        outcomes.append(outcome)
+        said.append(answer)
     carried = piece.carried
-    if pending and carried is not None:
+    if pending:
         left_out = set(pending)
-        carried = carried.take([at for at in range(len(piece.outcomes)) if at not in left_out])
-    return rows, carried
+        stay = [at for at in range(len(piece.outcomes)) if at not in left_out]
+        custom_ids = [custom_ids[at] for at in stay]
+        carried = None if carried is None else carried.take(stay)
+    messages = [""] * len(outcomes)
+    if special:
+        custom_ids = list(custom_ids)
+        for at, row in zip(at_special, special, strict=True):
+            custom_ids[at], messages[at] = row.custom_id, row.message
+    return _Rows(custom_ids, outcomes, said, messages), carried
+
+
+def _failed(custom_id: str, outcome: Outcome | InvalidRow, source: str, tally: OutputTally) -> _Row:
+    source = _clean(source)
+    if isinstance(outcome, Outcome):
+        row = _clean_row(_Row(custom_id, outcome, _NO_ANSWER, outcome.message))
+        tally.add(row.outcome, None, None, row.custom_id, source)
+        return row
+    reason = _clean(outcome.reason)
+    row = _Row(_clean(custom_id), _NOT_SENT, _NO_ANSWER, f"{source}: {reason}")
+    tally.add(None, reason, None, row.custom_id, source)
+    return row
 
 
 def _clean_row(row: _Row) -> _Row:
     """The row with texts that UTF-8 can hold; a journal or a header may have brought others."""
     custom_id, outcome, answer, message = row
-    if outcome is not None:
-        outcome = msgspec.structs.replace(
-            outcome,
-            code=_clean(outcome.code),
-            message=_clean(outcome.message),
-            request_id=_clean(outcome.request_id),
-            model=_clean(outcome.model),
-        )
+    outcome = msgspec.structs.replace(
+        outcome,
+        code=_clean(outcome.code),
+        message=_clean(outcome.message),
+        request_id=_clean(outcome.request_id),
+        model=_clean(outcome.model),
+    )
     return _Row(_clean(custom_id), outcome, answer, _clean(message))
 
 
@@ -414,18 +464,18 @@ class _ParquetWriter:
         self._group: list[pa.RecordBatch] = []
         self._group_rows = self._group_bytes = 0
 
-    def write(self, rows: list[_Row], carried: pa.RecordBatch | None) -> None:
+    def write(self, rows: _Rows, carried: pa.RecordBatch | None) -> None:
         arrays = list(carried.columns) if carried is not None else []
-        columns = zip(*[_cells(row) for row in rows], strict=True)
-        arrays += [_array(column, kind) for column, kind in zip(columns, _CELL_TYPES, strict=True)]
+        arrays += map(_array, _columns(rows), _CELL_TYPES)
         if self._response_body:
-            arrays.append(_bodies([row.outcome for row in rows]))
+            arrays.append(_bodies(rows.outcomes))
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
         size = batch.nbytes
-        if self._group_rows + len(rows) > GROUP_ROWS or self._group_bytes + size > GROUP_BYTES:
+        count = len(rows.outcomes)
+        if self._group_rows + count > GROUP_ROWS or self._group_bytes + size > GROUP_BYTES:
             self._close_group()
         self._group.append(batch)
-        self._group_rows += len(rows)
+        self._group_rows += count
         self._group_bytes += size
 
     def finish(self, footer: Footer) -> None:
@@ -441,44 +491,42 @@ class _ParquetWriter:
             self._writer.write_table(table, row_group_size=GROUP_ROWS)
 
 
-def _cells(row: _Row) -> tuple[object, ...]:
-    """One row's values in the order of ANSWER_COLUMNS, but for the last: the body."""
-    custom_id, outcome, answer, message = row
-    if outcome is None:
-        return (
-            *(custom_id, "error", None, None, None, None),
-            *(None, None, None, None, None, None, None),
-            *("invalid_input", None, message),
-            *(None, 0, 0, None, None, None, None, None),
-        )
-    is_ok = outcome.kind == "ok"
-    usage = outcome.usage
-    return (
-        custom_id,
-        "ok" if is_ok else "error",
-        answer.response,
-        answer.finish_reason,
-        outcome.model or None,
-        answer.response_model,
-        usage.prompt_tokens,
-        usage.completion_tokens,
-        usage.total_tokens,
-        usage.cached_tokens,
-        usage.reasoning_tokens,
-        answer.reasoning,
-        answer.tool_calls,
-        None if is_ok else outcome.kind,
-        None if is_ok else outcome.code or None,
-        None if is_ok else message or None,
-        outcome.http_status,
-        outcome.attempts,
-        outcome.in_doubt,
-        outcome.latency_s,
-        outcome.ttft_s,
-        outcome.request_id or None,
-        outcome.finished_at_ms or None,
-        prompts.format_hash(outcome.hash),
-    )
+def _columns(rows: _Rows) -> list[Sequence[object]]:
+    """The values in the order of ANSWER_COLUMNS, but for the last: the body."""
+    outcomes, said = rows.outcomes, rows.answers
+    usages = [o.usage for o in outcomes]
+    return [
+        rows.custom_ids,
+        ["ok" if o.kind == "ok" else "error" for o in outcomes],
+        [answer.response for answer in said],
+        [answer.finish_reason for answer in said],
+        [o.model or None for o in outcomes],
+        [answer.response_model for answer in said],
+        [usage.prompt_tokens for usage in usages],
+        [usage.completion_tokens for usage in usages],
+        [usage.total_tokens for usage in usages],
+        [usage.cached_tokens for usage in usages],
+        [usage.reasoning_tokens for usage in usages],
+        [answer.reasoning for answer in said],
+        [answer.tool_calls for answer in said],
+        *_error_columns(rows),
+        [o.http_status for o in outcomes],
+        [o.attempts for o in outcomes],
+        [o.in_doubt for o in outcomes],
+        [o.latency_s for o in outcomes],
+        [o.ttft_s for o in outcomes],
+        [o.request_id or None for o in outcomes],
+        [o.finished_at_ms or None for o in outcomes],
+        prompts.format_hashes([o.hash for o in outcomes]),
+    ]
+
+
+def _error_columns(rows: _Rows) -> Iterator[Sequence[object]]:
+    """Kind, code and message; null where a row is ok."""
+    failed = [None if o.kind == "ok" else o for o in rows.outcomes]
+    yield [o and (INVALID_INPUT if o is _NOT_SENT else o.kind) for o in failed]
+    yield [o and (o.code or None) for o in failed]
+    yield [o and (text or None) for o, text in zip(failed, rows.messages, strict=True)]
 
 
 def _array(values: Sequence[object], kind: pa.DataType) -> pa.Array:
@@ -488,9 +536,9 @@ def _array(values: Sequence[object], kind: pa.DataType) -> pa.Array:
         return pa.array([_clean(v) if isinstance(v, str) else v for v in values], kind)
 
 
-def _bodies(outcomes: Sequence[Outcome | None]) -> pa.Array:
+def _bodies(outcomes: Sequence[Outcome]) -> pa.Array:
     """The column response_body; a body put together from columns is not the endpoint's."""
-    bodies = [o.body if o is not None and o.body and not o.rebuilt else None for o in outcomes]
+    bodies = [o.body if o.body and not o.rebuilt else None for o in outcomes]
     try:
         return pa.array(bodies, pa.string())  # checks the UTF-8 and copies, no text in between
     except pa.ArrowInvalid:
@@ -547,10 +595,10 @@ class _JsonlWriter:
         self._written = 0
         self._last = b""
 
-    def write(self, rows: list[_Row], carried: pa.RecordBatch | None) -> None:
-        inputs = _carried_rows(carried, len(rows))
+    def write(self, rows: _Rows, carried: pa.RecordBatch | None) -> None:
+        inputs = _carried_rows(carried, len(rows.outcomes))
         lines = [self._last] if self._last else []
-        for row, carried_row in zip(rows, inputs, strict=True):
+        for row, carried_row in zip(rows.one_by_one(), inputs, strict=True):
             self._written += 1
             lines.append(self._line(row, carried_row))
         self._last = lines.pop()
@@ -572,10 +620,10 @@ class _JsonlWriter:
     def _made(self, row: _Row, carried: dict[str, object] | None) -> _JsonLine:
         identity = f"batch_req_{self._written}"
         outcome = row.outcome
-        if outcome is None:
+        if outcome is _NOT_SENT:
             member = _JsonMember(
                 "error",
-                error_kind="invalid_input",
+                error_kind=INVALID_INPUT,
                 attempts=0,
                 in_doubt_attempts=0,
                 input=carried,

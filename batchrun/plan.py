@@ -12,15 +12,15 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import msgspec
+from msgspec import Struct
 
 from batchrun import inputs, prompts
 from batchrun.config import RunConfig
 from batchrun.errors import StoppedEarly
-from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, Row
-from batchrun.journal import Held, Journal
+from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, Row, Rows
+from batchrun.journal import Held, Journal, Survey
 from batchrun.outputs import InvalidRow, Slice
 from batchrun.prompts import Body, Builder, Invalid, Layout, PromptSettings
 from batchrun.types import IN_DOUBT, NO_USAGE, Outcome, Request
@@ -128,44 +128,47 @@ def make_plan(
     plan = Plan(sources, array("I"), Counts(), types.carried())
     journal.begin_pass()
     for source, batch in batches(sources, config.limit, check_stop, observe=types.observe):
-        for row in batch.rows:
-            plan.slots.append(_claim(plan, source, row, journal, config))
+        plan.slots.extend(_claim(plan, source, batch.rows, journal, config))
     plan.carried = types.carried()
     check_unchanged(sources)
     return plan
 
 
 def _claim(
-    plan: Plan, source: Source, row: Row | BadRow, journal: Journal, config: RunConfig
-) -> int:
-    counts = plan.counts
-    counts.total += 1
-    source.rows += 1
-    built = identified(source.builder, row)
-    if isinstance(built, Invalid):
-        counts.invalid += 1
-        source.invalid += 1
-        return INVALID
-    slot = journal.claim(built.hash)
-    held = journal.held(slot)
-    if held is Held.OK:
-        counts.held_ok += 1
-    elif held is Held.NEW:
-        counts.new += 1
-    elif held is Held.REJECTED and not config.retry_failed:
-        counts.held_failed += 1
-    else:
-        counts.retried += 1
-    if journal.occurrence(slot):
-        counts.repeats += 1
+    plan: Plan, source: Source, rows: Rows, journal: Journal, config: RunConfig
+) -> Sequence[int]:
+    """The slots of a batch's rows, all counted."""
+    builder = source.builder
+    found = [identified(builder, row) for row in rows]
+    valid = [each for each in found if type(each) is Identified]
+    claimed = journal.claim_all([each.hash for each in valid])
+    _count(plan.counts, journal.survey(claimed), config)
+    plan.counts.total += len(rows)
+    plan.counts.invalid += len(rows) - len(valid)
+    source.rows += len(rows)
+    source.invalid += len(rows) - len(valid)
     if config.model_replaces or config.params_replacing:
-        _count_replaced(counts, source.layout, row, config)
+        for each, row in zip(found, rows, strict=True):
+            if type(each) is Identified:
+                _count_replaced(plan.counts, source.layout, row, config)
     if len(plan.models) < 2:
-        plan.models.add(built.model)
-    return slot
+        plan.models |= {each.model for each in valid}
+    if len(valid) == len(rows):
+        return claimed
+    slots = iter(claimed)
+    return [next(slots) if type(each) is Identified else INVALID for each in found]
 
 
-class Identified(NamedTuple):
+def _count(counts: Counts, survey: Survey, config: RunConfig) -> None:
+    rejected = survey.held[Held.REJECTED]
+    counts.held_ok += survey.held[Held.OK]
+    counts.new += survey.held[Held.NEW]
+    counts.held_failed += 0 if config.retry_failed else rejected
+    counts.retried += survey.held[Held.PASSING] + (rejected if config.retry_failed else 0)
+    counts.repeats += survey.repeats
+
+
+class Identified(Struct, gc=False):
     """A row's request and its identity."""
 
     body: Body
@@ -321,26 +324,30 @@ def slices(
         first, row_number = row_number, row_number + len(batch)
         if row_number > len(plan.slots):
             raise changed(source.file)
-        outcomes = [
-            _answer(source, batch, index, slot, journal)
-            for index, slot in enumerate(plan.slots[first:row_number])
-        ]
-        custom_ids = [
-            _custom_id(row) or str(first + index + 1) for index, row in enumerate(batch.rows)
-        ]
+        slots = plan.slots[first:row_number]
+        custom_ids = _custom_ids(batch.rows, first + 1)
+        outcomes = _outcomes(source, batch, slots, journal)
         yield Slice(batch.carried, custom_ids, Places(source.file.name, batch.lines), outcomes)
     check_unchanged(plan.sources)
 
 
-def _answer(
-    source: Source, batch: Batch, index: int, slot: int, journal: Journal
-) -> Outcome | InvalidRow | None:
-    if slot == INVALID:
-        built = identified(source.builder, batch.rows[index])
-        if not isinstance(built, Invalid):
-            raise changed(source.file)
-        return InvalidRow(built.reason)
-    return journal.read(slot) if journal.held(slot) is not Held.NEW else None
+def _outcomes(
+    source: Source, batch: Batch, slots: Sequence[int], journal: Journal
+) -> Sequence[Outcome | InvalidRow | None]:
+    if INVALID not in slots:
+        return journal.read_all(slots)
+    held = iter(journal.read_all([slot for slot in slots if slot != INVALID]))
+    return [
+        _invalid(source, row) if slot == INVALID else next(held)
+        for slot, row in zip(slots, batch.rows, strict=True)
+    ]
+
+
+def _invalid(source: Source, row: Row | BadRow) -> InvalidRow:
+    built = identified(source.builder, row)
+    if not isinstance(built, Invalid):
+        raise changed(source.file)
+    return InvalidRow(built.reason)
 
 
 def _identifying(source: Source) -> Collection[str] | None:
@@ -348,8 +355,13 @@ def _identifying(source: Source) -> Collection[str] | None:
     return source.layout.columns_needed if source.invalid else (prompts.CUSTOM_ID,)
 
 
-def _custom_id(row: Row | BadRow) -> str | None:
-    return None if isinstance(row, BadRow) else prompts.custom_id(row)
+def _custom_ids(rows: Rows, first: int) -> list[str]:
+    """A row's own id, or else its number."""
+    custom_ids = list(map(str, range(first, first + len(rows))))
+    for at, row in enumerate(rows):
+        if type(row) is dict and prompts.CUSTOM_ID in row:
+            custom_ids[at] = prompts.custom_id(row) or custom_ids[at]
+    return custom_ids
 
 
 class Places(Sequence[str]):

@@ -498,6 +498,12 @@ def format_hash(digest: bytes) -> str:
     return f"{HASH_VERSION}:{digest.hex()}"
 
 
+def format_hashes(digests: Iterable[bytes]) -> list[str | None]:
+    """As ``format_hash``, for a whole column; None for a digest of no bytes."""
+    prefix = f"{HASH_VERSION}:"
+    return [prefix + digits if digits else None for digits in map(bytes.hex, digests)]
+
+
 def parse_hash(text: str) -> bytes | None:
     """The digest in a ``request_hash`` text; None for a version or form that is not ours."""
     version, _, digits = text.partition(":")

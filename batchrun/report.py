@@ -290,7 +290,7 @@ def final_lines(summary: RunSummary) -> list[str]:
 
 def _finished(summary: RunSummary, config: RunConfig | None, facts: FinalFacts) -> list[str]:
     lines = [_headline(summary)]
-    lines += _causes(summary.errors)
+    lines += _causes(summary.errors, summary.inputs)
     for note in [*_answer_notes(summary.rows), *summary.notes]:
         lines += _labelled("note", note)
     lines += _token_lines(summary)
@@ -321,7 +321,7 @@ def _headline(summary: RunSummary) -> str:
     return f"{label:<{LABEL_WIDTH}}{text}"
 
 
-def _causes(causes: Sequence[ErrorCount]) -> list[str]:
+def _causes(causes: Sequence[ErrorCount], inputs: Sequence[str]) -> list[str]:
     """A line for each cause, largest first: rows, kind, and the first example."""
     shown = causes[:SHOWN_CAUSES]
     heads = [f"{cause.rows:,} {cause.kind}" for cause in shown]
@@ -329,7 +329,7 @@ def _causes(causes: Sequence[ErrorCount]) -> list[str]:
     lines = []
     for number, (head, cause) in enumerate(zip(heads, shown, strict=True)):
         label = "" if number else "failed"
-        lines.append(_cut(f"{label:<{LABEL_WIDTH}}{head:<{width}}{_example(cause)}"))
+        lines.append(_cut(f"{label:<{LABEL_WIDTH}}{head:<{width}}{_example(cause, inputs)}"))
     if hidden := causes[SHOWN_CAUSES:]:
         rows = sum(cause.rows for cause in hidden)
         more = f"{rows:,} more, for {_count(len(hidden), 'other reason')}; see error_message"
@@ -337,12 +337,18 @@ def _causes(causes: Sequence[ErrorCount]) -> list[str]:
     return lines
 
 
-def _example(cause: ErrorCount) -> str:
+def _example(cause: ErrorCount, inputs: Sequence[str] = ()) -> str:
     if cause.example is None:
         return cause.code
     message = " ".join(cause.example.message.split())
     code = f"{cause.code}: " if cause.code and not message.startswith(cause.code) else ""
-    return f"{place(cause.example.source)}: {code}{message}"
+    source = cause.example.source
+    name = source.rpartition(":")[0]
+    # With one input its name would only repeat the first line.
+    where = (
+        f"{name} {place(source)}" if name and inputs and list(inputs) != [name] else place(source)
+    )
+    return f"{where}: {code}{message}"
 
 
 def _answer_notes(rows: RowCounts) -> list[str]:
@@ -724,7 +730,7 @@ def collect_block(facts: CollectFacts) -> str:
     partial = [] if facts.complete else ["partial"]
     details = [*partial, *([size(facts.size_bytes)] if facts.size_bytes is not None else [])]
     lines = _labelled("collected", _status_rows(facts.rows))
-    lines += _causes(facts.errors)
+    lines += _causes(facts.errors, ())
     if facts.tokens is not None and (words := _token_words(facts.tokens)) is not None:
         lines += _labelled("tokens", words)
     if facts.synthetic:

@@ -225,6 +225,7 @@ class _Run:
         if not self.config.retry_failed:
             plan.give_up_doubtful(self.plan, self.book, self.config.max_in_doubt_retries)
         self._check_limit()
+        self._check_model()
         self.ok_before = self.book.count(Held.OK)
         if self.published is not None and await asyncio.to_thread(self._was_published_from_here):
             self.keep_state = self.ok_before > self.plan.counts.held_ok
@@ -235,6 +236,10 @@ class _Run:
             self.summary.this_run = _this_run(delivered)
             if delivered.cause is not None:
                 return self._stopped(delivered, delivered.cause)
+            if delivered.tally.done != self.plan.counts.to_send:
+                # A bug, and one that must not become a file with rows missing.
+                lost = self.plan.counts.to_send - delivered.tally.done
+                raise RuntimeError(f"{lost:,} rows were neither answered nor failed")
         self.stop.all_sent()
         footer = await asyncio.to_thread(self._publish)
         return self._finished(footer)
@@ -273,7 +278,8 @@ class _Run:
             self.keep_old = True
         elif footer.settings != self.settings:
             self.keep_old = True
-            if not config.overwrite and not has_journal(self.state):
+            at_stake = footer.rows.ok and not has_journal(self.state)
+            if at_stake and not config.overwrite:
                 raise _differ(config, footer.settings, self.settings, footer.rows.ok)
             return None
         return footer
@@ -345,6 +351,13 @@ class _Run:
                 f"--limit {config.limit} would leave out answers of {config.output},"
                 f" which holds {held:,}",
                 next_steps=("-o trial.parquet    for a trial beside it",),
+            )
+
+    def _check_model(self) -> None:
+        if self.plan.models == {""}:
+            raise UsageError(
+                "no model: neither --model nor any row names one, and this endpoint has no default",
+                next_steps=("-m MODEL            `batchrun models` lists what it offers",),
             )
 
     def _say_start(self, files: Resolved) -> None:
@@ -450,6 +463,10 @@ class _Run:
         self.summary.prompt_column = self._shown_prompt()
         return self._told(footer, reused=self.plan.counts.held_ok + self.plan.counts.held_failed)
 
+    def _continues_answers(self) -> bool:
+        counts = self.plan.counts
+        return self.continues and bool(counts.held_ok + counts.held_failed + counts.retried)
+
     def _shown_prompt(self) -> str | None:
         """The output's column that holds the prompts, if it has one."""
         column = self.sources[0].layout.prompt_column
@@ -542,7 +559,9 @@ class _Run:
             failed_before=counts.held_failed,
             invalid=counts.invalid,
             repeats=counts.repeats,
-            continues_since_ms=self.book.header.created_at_ms if self.continues else None,
+            continues_since_ms=self.book.header.created_at_ms
+            if self._continues_answers()
+            else None,
             base_url=endpoint.base_url if endpoint else MOCK_HOST,
             host=endpoint.host if endpoint else MOCK_HOST,
             model=model_of(config),

@@ -103,6 +103,11 @@ class SlotTable:
         """Where the outcome is kept; meaningless for a NEW slot."""
         return self._position[slot]
 
+    def kept(self, slots: Sequence[int]) -> list[tuple[int, int]]:
+        """Position and place in ``slots`` of those that hold an outcome, by position."""
+        flags, position = self._flags, self._position
+        return sorted((position[slot], at) for at, slot in enumerate(slots) if flags[slot] & _HELD)
+
     def survey(self, slots: Sequence[int]) -> Survey:
         """What is held for these slots, in sum."""
         flags = bytes(map(self._flags.__getitem__, slots))
@@ -135,6 +140,7 @@ class SlotTable:
         unpack, lows, highs, flags, number = (
             _KEY.unpack, self._low, self._high, self._flags, self._number,
         )  # fmt: skip
+        ok = int(Held.OK)
         slots = []
         for hash_ in hashes:
             low, high = unpack(hash_)
@@ -147,9 +153,9 @@ class SlotTable:
                 slot = self._insert(place, low, high)
                 flags[slot] = _CLAIMED
                 number[slot] = _ANY << _CURSOR_BITS | 1
-            elif flags[slot] == Held.OK and not number[slot]:
+            elif flags[slot] == ok and not number[slot]:
                 # What resuming meets nearly always: the first claim of a hash that is answered.
-                flags[slot] = Held.OK | _CLAIMED
+                flags[slot] = ok | _CLAIMED
                 number[slot] = 1
             else:
                 slot = self._claim_next(slot, low, high)

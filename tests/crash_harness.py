@@ -23,6 +23,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -83,26 +84,26 @@ class Launcher:
         cwd: Path,
         at: float = 0.0,
         stopped: bool = False,
-        environ: dict[str, str] | None = None,
+        file_limit_bytes: int | None = None,
     ) -> Launched:
         """``at``: not before this monotonic instant. ``stopped``: not before a SIGCONT."""
         out = Path(tempfile.mkstemp(prefix="launched-")[1])
         order = {"args": [str(a) for a in args], "cwd": str(cwd), "out": str(out), "at": at}
-        pid = self.ask({**order, "stopped": stopped, "environ": environ or {}})
-        assert pid is not None
-        return Launched(self, pid, out)
+        answer = self.ask({**order, "stopped": stopped, "file_limit": file_limit_bytes})
+        assert answer is not None
+        return Launched(self, answer[0], out)
 
     def run(self, *args: object, cwd: Path) -> tuple[int, str]:
         """The exit code and everything that was said."""
         return self.start(*args, cwd=cwd).wait()
 
-    def ask(self, order: dict[str, object]) -> int | None:
+    def ask(self, order: dict[str, object]) -> list[int] | None:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
         stdin.write(json.dumps(order).encode() + b"\n")
         stdin.flush()
-        answer: int | None = json.loads(stdout.readline())
+        answer: list[int] | None = json.loads(stdout.readline())
         return answer
 
 
@@ -114,11 +115,12 @@ class Launched:
         self._launcher = launcher
         self._out = out
         self._code: int | None = None
+        self.peak_rss_bytes = 0
 
     def poll(self) -> int | None:
         """The exit code, minus the signal's number for a death by signal; None while it runs."""
-        if self._code is None:
-            self._code = self._launcher.ask({"poll": self.pid})
+        if self._code is None and (ended := self._launcher.ask({"poll": self.pid})) is not None:
+            self._code, self.peak_rss_bytes = ended
         return self._code
 
     def wait(self) -> tuple[int, str]:
@@ -136,7 +138,7 @@ class Launched:
 
 
 def launcher_main() -> None:
-    """The launcher's own process: one order a line, one number in answer. It has one thread."""
+    """The launcher's own process: one order a line, one answer each. It has one thread."""
     import pyarrow.compute
     import tqdm  # noqa: F401 - so that no child has to
 
@@ -145,18 +147,23 @@ def launcher_main() -> None:
     for line in sys.stdin.buffer:
         order = json.loads(line)
         if "poll" in order:
-            pid, status = os.waitpid(order["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif (answer := os.fork()) == 0:
+            pid, status, used = os.wait4(order["poll"], os.WNOHANG)
+            unit = 1 if sys.platform == "darwin" else 1024
+            ended = [os.waitstatus_to_exitcode(status), used.ru_maxrss * unit]
+            answer = ended if pid else None
+        elif (pid := os.fork()) == 0:
             _become(order)
             os._exit(_exit_code(cli.run_command, order["args"]))
+        else:
+            answer = [pid]
         sys.stdout.write(f"{json.dumps(answer)}\n")
         sys.stdout.flush()
 
 
 def _become(order: dict[str, Any]) -> None:
     os.chdir(order["cwd"])
-    os.environ.update(order["environ"])
+    if (limit := order["file_limit"]) is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     out = os.open(order["out"], os.O_WRONLY | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (out, 1), (out, 2)):

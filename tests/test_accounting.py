@@ -59,7 +59,7 @@ def test_tokens_that_nobody_reported_stay_unknown() -> None:
 
 def test_tokens_add_up_and_a_partial_report_counts_as_one() -> None:
     partial = Usage(prompt_tokens=7, cached_tokens=4)
-    tally = _told((OK, None, ANSWER), (OK, None, Answer(response="x", usage=partial)))
+    tally = _told((OK, None, ANSWER), (replace(OK, usage=partial), None, Answer(response="x")))
     tokens = tally.tokens
     assert (tokens.prompt, tokens.completion, tokens.total) == (17, 5, 15)
     assert (tokens.cached, tokens.reasoning, tokens.rows_without_usage) == (4, None, 0)

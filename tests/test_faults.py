@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
-import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import pytest
 
 from batchrun.mock_server import MockServerThread
-from crash_harness import ROOT, Launcher, held, published, write_rows
+from crash_harness import Launcher, held, published, write_rows
 
 ROWS = 12
 WAIT_S = 60.0
@@ -33,7 +32,7 @@ STRIDE = int(os.environ.get("FAULT_STRIDE", "4"))
 
 
 class Call(NamedTuple):
-    """A system call, how it fails, and how many of them a small run is sure to make."""
+    """A system call, how it fails, and how many of them one thread of a small run makes."""
 
     name: str
     error: str
@@ -44,30 +43,31 @@ STATE = "out.parquet.batchrun"
 # Of the calls on a descriptor, those on these files: not on the terminal, sockets or the loop's own.
 OF_A_FILE = ("read", "pread64", "write", "pwrite64", "close", "ftruncate")
 FILES = (
-    *("in.jsonl", "out.parquet", ".out.parquet.{pid}.batchrun-tmp", STATE, f"{STATE}/lock"),
+    *("in.jsonl", "out.parquet", ".out.parquet.{pid}.batchrun-tmp", STATE),
     *(f"{STATE}/journal-000001.seg", f"{STATE}/journal-000001.new"),
     *(f"{STATE}/status.json.new", f"{STATE}/run.json.new"),
 )
 CALLS = (
-    Call("openat", "EIO", 48),
-    Call("openat", "ENOSPC", 48),
-    Call("write", "EIO", 40),
-    Call("write", "ENOSPC", 40),
-    Call("pwrite64", "EIO", 1),
-    Call("read", "EIO", 60),
-    Call("pread64", "EIO", 12),
-    Call("fsync", "EIO", 6),
-    Call("fdatasync", "EIO", 6),
-    Call("rename", "EIO", 8),
-    Call("ftruncate", "EIO", 3),
-    Call("mkdir", "ENOSPC", 2),
-    Call("unlink", "EIO", 8),
-    Call("close", "EIO", 60),
+    Call("openat", "EIO", 17),
+    Call("openat", "ENOSPC", 17),
+    Call("write", "EIO", 11),
+    Call("write", "ENOSPC", 11),
+    Call("fsync", "EIO", 2),
+    Call("fsync", "ENOSPC", 2),
+    Call("fdatasync", "EIO", 2),
+    Call("fdatasync", "ENOSPC", 2),
+    Call("rename", "EIO", 3),
+    Call("rename", "ENOSPC", 3),
+    Call("close", "EIO", 13),
+    Call("read", "EIO", 8),
+    Call("pread64", "EIO", 25),
+    Call("pwrite64", "ENOSPC", 1),
+    Call("ftruncate", "EIO", 1),
+    Call("mkdir", "ENOSPC", 1),
+    Call("unlink", "EIO", 5),
     Call("getdents64", "EIO", 12),
-    Call("flock", "EIO", 2),
+    Call("flock", "EIO", 1),
 )
-
-
 SAYS = {"EIO": r"Input/output error|error closing file", "ENOSPC": r"disk full|No space left on device"}
 
 
@@ -111,6 +111,8 @@ def faulty_run(
     launcher: Launcher, server: MockServerThread, directory: Path, call: str, how: str
 ) -> tuple[int, str]:
     process = launcher.start(*command(server), cwd=directory, stopped=True)
+    status = Path(f"/proc/{process.pid}/status")
+    _wait_for(status, "\nState:\tT (stopped)\n")
     log = directory.parent / "strace.log"
     only: list[str] = []
     if call in OF_A_FILE:
@@ -121,15 +123,19 @@ def faulty_run(
         stderr=subprocess.PIPE,
         text=True,
     )
-    status = Path(f"/proc/{process.pid}/status")
     try:
-        while "\nTracerPid:\t0\n" in status.read_text():
-            assert tracer.poll() is None
+        _wait_for(status, f"\nTracerPid:\t{tracer.pid}\n")
         os.kill(process.pid, signal.SIGCONT)
         return process.wait()
     finally:
         process.kill()
         tracer.communicate(timeout=WAIT_S)
+
+
+def _wait_for(status: Path, line: str) -> None:
+    end = time.monotonic() + WAIT_S
+    while line not in status.read_text():
+        assert time.monotonic() < end, f"no {line.strip()}"
 
 
 def cases() -> Iterator[tuple[str, str, int]]:
@@ -161,6 +167,8 @@ def test_a_failing_system_call_ends_well_and_the_rerun_repeats_nothing(
     assert code in (0, 74), said
     assert "Traceback" not in said
     assert "this is a bug" not in said
+    if call in ("fsync", "fdatasync"):
+        assert code == 74, "a failed sync is final"
     if code:
         assert re.search(SAYS[error], " ".join(said.split())), said
     before = asked(server)
@@ -174,3 +182,30 @@ def test_a_failing_system_call_ends_well_and_the_rerun_repeats_nothing(
     assert {row["response"] for row in published(output)} == {
         f"[synthetic] Question {n}?" for n in numbers
     }
+
+
+@pytest.mark.parametrize("limit_bytes", [2_000, 4_000, 6_000, 8_000, 10_000])
+def test_a_full_disk_names_the_file_and_leaves_the_earlier_output_as_it_was(
+    limit_bytes: int, launcher: Launcher, server: MockServerThread, tmp_path: Path
+) -> None:
+    """``RLIMIT_FSIZE`` makes writing fail where a file would grow beyond it."""
+    numbers = list(range(ROWS))
+    output = tmp_path / "out.parquet"
+    write_rows(tmp_path / "in.jsonl", numbers[: ROWS // 2])
+    assert launcher.run(*command(server), cwd=tmp_path)[0] == 0
+    write_rows(tmp_path / "in.jsonl", numbers)
+    earlier = output.read_bytes()
+
+    limited = launcher.start(*command(server), cwd=tmp_path, file_limit_bytes=limit_bytes)
+    code, said = limited.wait()
+    assert code == 74, said
+    assert "out.parquet" in said
+    assert "File too large" in said
+    assert "Traceback" not in said
+    assert output.read_bytes() == earlier
+    assert not list(tmp_path.glob(".*.batchrun-tmp"))
+    before = asked(server)
+    answered = held(tmp_path, output, numbers)
+    assert launcher.run(*command(server), cwd=tmp_path)[0] == 0
+    assert not (asked(server) - before) - (Counter(numbers) - answered)
+    assert [row["n"] for row in published(output)] == numbers

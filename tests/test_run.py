@@ -922,3 +922,15 @@ def test_a_limit_that_resets_tomorrow_stops_the_run(mock: StartMock, submit: Sub
     assert ended.summary["rows"]["ok"] == 5
     assert ended.summary["rows"]["pending"] == 45
     assert server.ledger.requests == 6
+
+
+def test_without_a_model_anywhere_nothing_is_sent(mock: StartMock, submit: Submit) -> None:
+    server = mock(Knobs())
+    write_rows(range(3))
+    ended = submit("in.jsonl", "--base-url", server.url)
+    assert ended.code == 2
+    assert "no model" in ended.err
+    assert server.ledger.requests == 0
+    write_rows(range(3), model="its own")
+    assert submit("in.jsonl", "--base-url", server.url, "--body-columns", "model").code == 0
+    assert not Path("in.results.parquet.batchrun").exists()
