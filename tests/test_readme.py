@@ -23,7 +23,6 @@ import pytest
 
 from batchrun import errors
 from batchrun.cli import cli, settable
-from batchrun.config import RunConfig
 from batchrun.outputs import recognise
 from batchrun.providers import DEFAULT_BASE_URL, DEFAULT_KEY_ENV, DEFAULT_MODEL, PROVIDERS
 
@@ -281,9 +280,16 @@ def test_the_columns_are_those_of_an_output(checkout: Path) -> None:
     assert sorted(told) == sorted((field.name, str(field.type)) for field in schema)
 
 
-def test_run_config_has_the_fields_shown() -> None:
-    shown = set(re.findall(r"RunConfig\(inputs=\(.*\), (\w+)=.*, (\w+)=", TEXT)[0])
-    assert shown <= set(RunConfig.__dataclass_fields__)
+def test_the_python_shown_runs(tmp_path: Path) -> None:
+    section = TEXT.partition("\n## Python\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 2
+    script = "\n".join(["import asyncio", blocks[0], "asyncio.run(answers())", blocks[1]])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-W", "error", "-c", script]
+    subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=LONGEST_S)
+    assert pq.read_table(tmp_path / "out.parquet")["status"].to_pylist() == ["ok"]
 
 
 # Promises, links, length

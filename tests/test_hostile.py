@@ -1,0 +1,112 @@
+"""Hostile replies fail their row with a typed reason, cost little memory and hold no worker."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun.mock_server import MockReply, MockRequest, MockServerThread, fault_reply
+from crash_harness import Launcher, write_rows
+
+ROWS = 4
+ALLOWED_GROWTH_BYTES = 64 * 2**20
+SSE = {"Content-Type": "text/event-stream"}
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    with Launcher() as starting:
+        yield starting
+
+
+def command(server: MockServerThread) -> tuple[object, ...]:
+    return (
+        *("submit", "in.jsonl", "-o", "out.parquet", "--base-url", server.url, "-m", "m"),
+        *("-c", 1, "--timeout", 1, "--connect-timeout", 1, "--max-retries", 0),
+    )
+
+
+@pytest.fixture(scope="module")
+def honest_peak_bytes(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """What a run with honest answers needs."""
+    place = tmp_path_factory.mktemp("honest")
+    write_rows(place / "in.jsonl", range(ROWS))
+    with MockServerThread() as server:
+        process = launcher.start(*command(server), cwd=place)
+        code, said = process.wait()
+    assert code == 0, said
+    return process.peak_rss_bytes
+
+
+def endless_stream(request: MockRequest) -> MockReply:
+    event = b'data: {"choices":[{"index":0,"delta":{"content":"' + b"a" * 65_000 + b'"}}]}\n\n'
+    return MockReply(headers=SSE, parts=itertools.repeat(event), framing="chunked")
+
+
+def endless_line(request: MockRequest) -> MockReply:
+    return MockReply(headers=SSE, parts=itertools.repeat(b"a" * 65_000), framing="chunked")
+
+
+def endless_head(request: MockRequest) -> MockReply:
+    head = b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: %b\r\n" % (n, b"a" * 9000) for n in range(100))
+    return MockReply(raw=head, ending="close")
+
+
+def slow(request: MockRequest) -> MockReply:
+    """One byte every ten seconds."""
+    return MockReply(parts=[b"{", b"}"], framing="chunked", pause_s=10.0)
+
+
+def of_kind(kind: str, request: MockRequest) -> MockReply:
+    scripted = {
+        "endless stream": endless_stream,
+        "endless line": endless_line,
+        "endless head": endless_head,
+        "one byte every 10 s": slow,
+    }
+    return scripted[kind](request) if kind in scripted else fault_reply(kind, request)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error_kind", "error_code"),
+    [
+        ("gzip_bomb", "invalid_response", "too_large"),
+        ("endless", "invalid_response", "too_large"),
+        ("endless stream", "invalid_response", "too_large"),
+        ("endless line", "invalid_response", "too_large"),
+        ("huge_header", "invalid_response", "bad_header"),
+        ("endless head", "invalid_response", "bad_header"),
+        ("bad_head", "invalid_response", "bad_header"),
+        ("one byte every 10 s", "timeout", "timeout"),
+        ("deep_json", "invalid_response", "not_json"),
+        ("truncated_json", "invalid_response", "not_json"),
+        # A whole answer that was paid, but for one character: it is kept, with U+FFFD.
+        ("invalid_utf8", None, None),
+    ],
+)
+def test_a_hostile_reply_fails_its_row_and_no_other(
+    kind: str,
+    error_kind: str | None,
+    error_code: str | None,
+    launcher: Launcher,
+    honest_peak_bytes: int,
+    tmp_path: Path,
+) -> None:
+    def respond(request: MockRequest) -> MockReply | None:
+        # The last row meets an honest server: no worker is stuck, no connection spoilt.
+        return None if request.prompt == f"Question {ROWS - 1}?" else of_kind(kind, request)
+
+    write_rows(tmp_path / "in.jsonl", range(ROWS))
+    with MockServerThread(respond=respond) as server:
+        process = launcher.start(*command(server), cwd=tmp_path)
+        code, said = process.wait()
+    assert code == (3 if error_kind else 0), said
+    answers = pq.read_table(tmp_path / "out.parquet").to_pydict()
+    assert answers["error_kind"] == [error_kind] * (ROWS - 1) + [None]
+    assert answers["error_code"] == [error_code] * (ROWS - 1) + [None]
+    assert answers["response"][-1] == f"[synthetic] Question {ROWS - 1}?"
+    assert process.peak_rss_bytes - honest_peak_bytes < ALLOWED_GROWTH_BYTES
