@@ -19,6 +19,7 @@ import termios
 from pathlib import Path
 
 import click
+import pyarrow.parquet as pq
 import pytest
 
 from batchrun import errors
@@ -267,7 +268,6 @@ def test_the_recipes_know_what_a_person_must_look_at() -> None:
 
 
 def test_the_columns_are_those_of_an_output(checkout: Path) -> None:
-    import pyarrow.parquet as pq
 
     line = "batchrun submit sample_inputs/prompts.jsonl --mock --quiet --carry none -o a.parquet"
     subprocess.run(["sh", "-c", line], cwd=checkout, check=True, timeout=LONGEST_S)
