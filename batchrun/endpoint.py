@@ -30,7 +30,7 @@ from batchrun.config import VERSION
 from batchrun.errors import EndpointRefused, StoppedEarly
 from batchrun.providers import Endpoint, Secret
 from batchrun.sse import Assembler
-from batchrun.types import Attempt, Failure, Request
+from batchrun.types import Attempt, Failure, Reply, Request
 
 # Larger than any completion with its log probabilities; a gzip bomb of 300 MB stops here.
 MAX_BODY_BYTES = 24 * 2**20
@@ -171,6 +171,15 @@ class ChatEndpoint:
             text = secret.scrub(text)
         return text
 
+    def _scrubbed(self, response: aiohttp.ClientResponse) -> Mapping[str, str]:
+        """The reply's headers, which become request ids and reasons, without any secret."""
+        for _, value in response.raw_headers:
+            for secret in self._secret_bytes:
+                if secret in value:
+                    shown = ((name, self.scrub(value)) for name, value in response.headers.items())
+                    return CIMultiDict(shown)
+        return response.headers
+
     async def _read(self, response: aiohttp.ClientResponse, started_s: float) -> Attempt:
         ttft_s: float | None = None
         failure: Failure | None = None
@@ -180,18 +189,23 @@ class ChatEndpoint:
             body, failure = stream.body(), stream.problem
         else:
             body = await _whole(response)
-        if response.status != 200:
-            # Some endpoints quote the key they refuse; it must not reach journal or report.
+        reply = _parsed(body)
+        if response.status != 200 or failure or reply is None or reply.error or not reply.choices:
+            # Some endpoints quote the key they refuse; it must not reach journal or report. An
+            # answer stays as it came.
+            scrubbed = body
             for secret in self._secret_bytes:
-                body = body.replace(secret, b"[key]")
+                scrubbed = scrubbed.replace(secret, b"[key]")
+            if scrubbed != body:
+                body, reply = scrubbed, _parsed(scrubbed)
         return Attempt(
             status=response.status,
-            headers=response.headers,
+            headers=self._scrubbed(response),
             body=body,
             started_s=started_s,
             ended_s=time.monotonic(),
             finished_at_ms=int(time.time() * 1000),
-            reply=answers.parse(body) if body and not body.isspace() else None,
+            reply=reply,
             failure=failure,
             detail="the stream ended without a finish_reason" if failure == "cut" else "",
             ttft_s=ttft_s,
@@ -208,7 +222,7 @@ class ChatEndpoint:
             detail = f"no answer within {self._timeout_s:g} s"
         return Attempt(
             status=response.status if response is not None else None,
-            headers=response.headers if response is not None else {},
+            headers=self._scrubbed(response) if response is not None else {},
             body=b"",
             started_s=started_s,
             ended_s=time.monotonic(),
@@ -217,6 +231,11 @@ class ChatEndpoint:
             detail=self.scrub(detail),
             sent=sent or response is not None,
         )
+
+
+def _parsed(body: bytes) -> Reply | None:
+    """What a body says; None when there is nothing to read."""
+    return answers.parse(body) if body and not body.isspace() else None
 
 
 def _head(url: URL, headers: Mapping[str, str]) -> bytes:

@@ -25,8 +25,9 @@ number. So a frame that was moved, left over from another run, or sent to us ins
 not pass, even where a search through a hole stumbles upon it.
 
 The index (``slots.SlotTable``) is derived by replaying the frames. A sealed segment's events are
-kept beside it in a ``.idx`` file, a tenth of its size; that file is never trusted further than its
-checksum, and bodies are checked when they are read.
+kept beside it in a ``.idx`` file, a twentieth of its size, and a run that ends in order leaves the
+whole table in one file, so that the next has only to read what came after. Neither is trusted
+further than its checksum, and bodies are checked when they are read.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ _MOST_TOKENS = (1 << 63) - 1
 
 # A position is a segment's number and a byte offset in it, so positions compare as the log runs.
 _OFFSET_BITS = 40
+_LAST_OFFSET = (1 << _OFFSET_BITS) - 1
 
 _BLOCK = 1 << 20
 _LONGEST = 1 << 33  # more than any length field says
@@ -116,6 +118,8 @@ _LONGEST = 1 << 33  # more than any length field says
 _READ_AHEAD = 4096
 # Reading over what lies between two records is cheaper than another system call up to about here.
 _WIDEST_GAP = 64 << 10
+# Read at once when publishing: larger blocks leave the processor's cache and take longer.
+_RUN_BYTES = 256 << 10
 _MOST_OPEN_SEGMENTS = 16
 _MOST_FILLER = 1 << 20
 
@@ -227,6 +231,7 @@ class Journal:
         self._segment = len(contents.sizes)
         self._size = contents.sizes[-1]
         self._salt = _salt(self.header.run_id, self._segment)
+        self._durable = contents.durable
         self._dirty = False
         self._syncing: _Sync | None = None
 
@@ -377,6 +382,7 @@ class Journal:
     def sending(self, hash: bytes, occurrence: int, slot: int) -> None:
         """An attempt is about to begin; flush before its first byte leaves."""
         self._append_tried(SENT, hash, occurrence, 0)
+        self._pending.append((SENT, slot, 0, 0, 0))
 
     def failed(self, hash: bytes, occurrence: int, slot: int, in_doubt: bool) -> None:
         """An attempt ended without settling its request."""
@@ -467,6 +473,8 @@ class Journal:
         for kind, slot, held, position, in_doubt in pending:
             if kind == OUTCOME:
                 table.settled(slot, held, position, in_doubt)
+            elif kind == SENT:
+                table.sent(slot)
             elif kind == FAILED:
                 table.failed(slot, bool(in_doubt))
             elif kind == REOPEN:
@@ -511,7 +519,8 @@ class Journal:
         if self._failure is not None:
             self._refuse()
         if self._syncing is not None:
-            self._buffer += _frame(SYNC, _POSITION.pack(self._syncing.position), self._salt)
+            self._durable = self._syncing.position
+            self._buffer += _frame(SYNC, _POSITION.pack(self._durable), self._salt)
             self._syncing = None
 
     def sync(self) -> None:
@@ -525,8 +534,15 @@ class Journal:
             self.end_sync()
         self.flush()
 
-    def close(self) -> None:
-        """Release the files. What was not flushed is gone; never raises."""
+    def close(self, *, remember: bool = True) -> None:
+        """Release the files. What was not flushed is gone; never raises.
+
+        With ``remember``, what is held is kept for the next ``open``, if all of it is durable.
+        """
+        # It only saves time: where it cannot be written, the segments are read again.
+        with contextlib.suppress(OSError):
+            if remember and self._is_settled():
+                self._keep_table()
         if self._syncing is not None:
             self._syncing.abandon()
             self._syncing = None
@@ -536,6 +552,28 @@ class Journal:
         for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
+
+    def _is_settled(self) -> bool:
+        """Whether all the table says is durable, and worth keeping; not of a deleted journal."""
+        segment = self._durable >> _OFFSET_BITS
+        return (
+            self._fd >= 0
+            and segment == self._segment
+            and not (self._dirty or self._buffer or self._syncing or self._failure)
+            and len(self._table) >= _FEWEST_KEPT
+            and os.fstat(self._fd).st_nlink > 0
+        )
+
+    def _keep_table(self) -> None:
+        sealed = (_segment_path(self.run_path, n) for n in range(1, self._segment))
+        covered = _Covered(
+            run_id=self.header.run_id,
+            sizes=[*(path.stat().st_size for path in sealed), self._durable & _LAST_OFFSET],
+            imported=sorted(self.imported),
+            on_their_way=self._table.on_their_way,
+            slots=len(self._table),
+        )
+        _write_table(self.run_path, self._table, covered)
 
     # ── beginning anew ───────────────────────────────────────────────────────────────────────────
 
@@ -562,7 +600,7 @@ class Journal:
     def _leave(self, dispose: Callable[[Path], object]) -> None:
         if not self._writable:
             self._refuse()
-        self.close()
+        self.close(remember=False)
         self._buffer, self._pending = bytearray(), []
         with _reporting(self.run_path, "move the journal"):
             _dispose(self.run_path, dispose)
@@ -690,7 +728,7 @@ def _runs(wanted: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         if (
             at == len(wanted)
             or wanted[at][0] - wanted[at - 1][0] > _WIDEST_GAP
-            or wanted[at][0] - wanted[start][0] > _BLOCK
+            or wanted[at][0] - wanted[start][0] > _RUN_BYTES
         ):
             yield wanted[start:at]
             start = at
@@ -882,11 +920,14 @@ def _replay(state: Path, *, keep_indexes: bool) -> _Contents | None:
         if number != expected:
             raise _damaged(_segment_path(state, expected), 0)
     header, start = _read_header(_segment_path(state, 1))
-    contents = _Contents(header)
-    for number in numbers:
-        segment = _Segment(state, number, header.run_id, start if number == 1 else 0)
+    contents = _read_table(state, header) or _Contents(header, sizes=[start])
+    begun = len(contents.sizes)
+    start = contents.sizes.pop()
+    for number in numbers[begun - 1 :]:
+        segment = _Segment(state, number, header.run_id, start if number == begun else 0)
         try:
-            if number == numbers[-1]:
+            # Of a segment that is known in part already, an index file would say too much.
+            if number == numbers[-1] or (number == begun and contents.durable):
                 contents.take(number, segment.events())
             else:
                 _take_sealed(contents, segment, keep_index=keep_indexes)
@@ -989,6 +1030,72 @@ def _write_index(path: Path, summary: _Summary, events: bytes) -> None:
         temporary.replace(path)
 
 
+# ── the kept table ───────────────────────────────────────────────────────────────────────────────
+
+_TABLE = "journal-table"
+_TABLE_MAGIC = b"\xf5BT\x01"
+# Fewer are replayed in no time, and a replay finds damage at once, not when a body is read.
+_FEWEST_KEPT = 20_000
+
+
+class _Covered(msgspec.Struct):
+    """What a kept table is of: all records up to here, every one of them durable."""
+
+    run_id: str
+    sizes: list[int]  # of the segments; of the last, how much of it
+    imported: list[str]
+    on_their_way: list[int]
+    slots: int
+    crc: int = 0
+
+
+def _write_table(state: Path, table: SlotTable, covered: _Covered) -> None:
+    columns = table.columns()
+    for column in columns:
+        covered.crc = _crc32(column, covered.crc)
+    head = msgspec.json.encode(covered)
+    temporary = state / f"{_TABLE}.new"
+    start = _INDEX_HEAD.pack(_TABLE_MAGIC, len(head), _crc32(head)) + head
+    _write_private(temporary, start, *columns)
+    temporary.replace(state / _TABLE)
+
+
+def _read_table(state: Path, header: Header) -> _Contents | None:
+    """What was replayed already, up to the last of its ``sizes``; None when there is nothing."""
+    try:
+        with (state / _TABLE).open("rb") as file:
+            magic, length, crc = _INDEX_HEAD.unpack(file.read(_INDEX_HEAD.size))
+            head = file.read(length)
+            if magic != _TABLE_MAGIC or _crc32(head) != crc:
+                return None
+            covered = msgspec.json.decode(head, type=_Covered)
+            if covered.run_id != header.run_id or not _are_there(state, covered.sizes):
+                return None
+            table = SlotTable.load(file, covered.slots, covered.on_their_way)
+    except (OSError, EOFError, StructError, msgspec.MsgspecError):
+        return None
+    crc = 0
+    for column in table.columns():
+        crc = _crc32(column, crc)
+    if crc != covered.crc:
+        return None
+    table.forget_passes()
+    table.begin_pass()
+    return _Contents(
+        header,
+        table,
+        set(covered.imported),
+        sizes=covered.sizes,
+        durable=_position(len(covered.sizes), covered.sizes[-1]),
+    )
+
+
+def _are_there(state: Path, sizes: list[int]) -> bool:
+    """Whether the segments have these sizes, and the last at least what is said of it."""
+    found = [_segment_path(state, n).stat().st_size for n, _ in enumerate(sizes, 1)]
+    return bool(sizes) and found[:-1] == sizes[:-1] and found[-1] >= sizes[-1]
+
+
 # ── files ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1074,6 +1181,7 @@ def _segment_numbers(state: Path) -> list[int]:
 
 def _dispose(state: Path, dispose: Callable[[Path], object]) -> None:
     """Take all segments away, the last first: a kill leaves a shorter journal, and a whole one."""
+    (state / _TABLE).unlink(missing_ok=True)
     for number in reversed(_segment_numbers(state)):
         segment = _segment_path(state, number)
         if (index := segment.with_suffix(".idx")).exists():
@@ -1090,12 +1198,13 @@ def _make_private(directory: Path) -> bool:
     return True
 
 
-def _write_private(path: Path, data: bytes | bytearray, *, durable: bool = False) -> None:
+def _write_private(path: Path, *parts: bytes | memoryview, durable: bool = False) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[file.write(rest) :]
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[file.write(rest) :]
         if durable:
             _make_durable(file.fileno())
 

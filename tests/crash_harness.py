@@ -139,7 +139,6 @@ class Launched:
 
 def launcher_main() -> None:
     """The launcher's own process: one order a line, one answer each. It has one thread."""
-    import pyarrow.compute
     import tqdm  # noqa: F401 - so that no child has to
 
     from batchrun import cli, runner  # noqa: F401 - likewise

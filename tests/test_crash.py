@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from crash_harness import Launched, Launcher, survive, write_rows
 
 from batchrun.mock_server import Knobs, MockReply, MockRequest, MockServerThread
-from crash_harness import Launched, Launcher, survive, write_rows
 
 KILLS = 50
 STARTS = 32
@@ -51,9 +51,7 @@ def start_together(
     return [launcher.start(*command(server), cwd=directory, at=at) for _ in range(count)]
 
 
-def test_of_many_starts_one_runs_and_the_others_name_it(
-    launcher: Launcher, tmp_path: Path
-) -> None:
+def test_of_many_starts_one_runs_and_the_others_name_it(launcher: Launcher, tmp_path: Path) -> None:
     go_on = threading.Event()
 
     def respond(request: MockRequest) -> MockReply | None:
@@ -64,7 +62,9 @@ def test_of_many_starts_one_runs_and_the_others_name_it(
         started = start_together(launcher, server, tmp_path, STARTS)
         ended = _all_but_one(started)
         (holder,) = (process for process in started if process not in ended)
-        named = rf"out.parquet is in use by pid {holder.pid} on {socket.gethostname()} since \d\d:\d\d"
+        named = (
+            rf"out.parquet is in use by pid {holder.pid} on {socket.gethostname()} since \d\d:\d\d"
+        )
         for process in ended:
             code, said = process.wait()
             assert code == 11, said

@@ -8,7 +8,6 @@ each.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from crash_harness import Launcher, held, published, write_rows
 
 from batchrun.mock_server import MockServerThread
-from crash_harness import Launcher, held, published, write_rows
 
 ROWS = 12
 WAIT_S = 60.0
@@ -40,7 +39,8 @@ class Call(NamedTuple):
 
 
 STATE = "out.parquet.batchrun"
-# Of the calls on a descriptor, those on these files: not on the terminal, sockets or the loop's own.
+# Of the calls on a descriptor, those on these files: not on the terminal, a socket or the loop's.
+# Not on the lock either: its closing comes when all is done.
 OF_A_FILE = ("read", "pread64", "write", "pwrite64", "close", "ftruncate")
 FILES = (
     *("in.jsonl", "out.parquet", ".out.parquet.{pid}.batchrun-tmp", STATE),
@@ -68,7 +68,10 @@ CALLS = (
     Call("getdents64", "EIO", 12),
     Call("flock", "EIO", 1),
 )
-SAYS = {"EIO": r"Input/output error|error closing file", "ENOSPC": r"disk full|No space left on device"}
+SAYS = {
+    "EIO": r"Input/output error|error closing file",
+    "ENOSPC": r"disk full|No space left on device",
+}
 
 
 def can_trace() -> str:
@@ -119,7 +122,18 @@ def faulty_run(
         for name in FILES:
             only += "-P", str(directory / name.format(pid=process.pid))
     tracer = subprocess.Popen(
-        ["strace", "-f", "-q", "-o", log, "-p", str(process.pid), "-e", f"inject={call}:{how}", *only],
+        [
+            "strace",
+            "-f",
+            "-q",
+            "-o",
+            log,
+            "-p",
+            str(process.pid),
+            "-e",
+            f"inject={call}:{how}",
+            *only,
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )

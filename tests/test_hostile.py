@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from crash_harness import Launcher, write_rows
 
 from batchrun.mock_server import MockReply, MockRequest, MockServerThread, fault_reply
-from crash_harness import Launcher, write_rows
 
 ROWS = 4
 ALLOWED_GROWTH_BYTES = 64 * 2**20
@@ -79,7 +79,7 @@ def of_kind(kind: str, request: MockRequest) -> MockReply:
         ("endless stream", "invalid_response", "too_large"),
         ("endless line", "invalid_response", "too_large"),
         ("huge_header", "invalid_response", "bad_header"),
-        ("endless head", "invalid_response", "bad_header"),
+        ("endless head", "transient", "disconnected"),
         ("bad_head", "invalid_response", "bad_header"),
         ("one byte every 10 s", "timeout", "timeout"),
         ("deep_json", "invalid_response", "not_json"),

@@ -179,7 +179,7 @@ def test_what_no_column_can_show_is_not_reported_rather_than_wrong(state: Path) 
         journal.flush()
         found = journal.read(slot)
         assert found.message == "? alone"
-        assert found.usage == journal.tokens == Usage(None, None, 7)
+        assert found.usage == Usage(None, None, 7)
 
 
 def test_nothing_counts_before_it_is_written(state: Path) -> None:
@@ -208,10 +208,10 @@ def test_nothing_replaces_an_ok_answer(state: Path) -> None:
         journal.settled(other, outcome_of(2, "timeout", final=False))
         journal.flush()
         assert journal.held(other) is Held.OK
-        totals = journal.tokens
+        assert journal.answers == journal.count(Held.OK) == 3
     with opened(state) as journal:
+        assert journal.answers == journal.count(Held.OK) == 3
         assert held_numbers(journal, range(3)) == [0, 1, 2]
-        assert journal.tokens == totals == Usage(0 + 1 + 2, 6, 2 + 3 + 4)
 
 
 def test_equal_requests_get_ok_then_rejected_then_passing_then_new(state: Path) -> None:
@@ -576,6 +576,106 @@ def test_a_segment_lost_to_a_power_failure_before_any_sync_is_a_hole(state: Path
     with opened(state, segment_bytes=2_000) as journal:
         assert journal.recovery == WHOLE
         assert held_numbers(journal, MANY) == kept
+
+
+# ── the kept table ───────────────────────────────────────────────────────────────────────────────
+
+
+def known(state: Path) -> list[object]:
+    """All that a journal says of the requests 0 to 29 and of itself."""
+    journal = Journal.peek(state)
+    assert journal is not None
+    slots = [journal.claim(hash_of(number)) for number in range(30)]
+    outcomes = journal.read_all(slots)
+    of_slots = [(journal.held(s), journal.in_doubt(s), journal.occurrence(s)) for s in slots]
+    totals = [journal.count(held) for held in Held]
+    return [of_slots, outcomes, totals, journal.imported, journal.attempts_in_doubt]
+
+
+def live(journal: Journal, first: int) -> None:
+    """A stretch of a run: answers, failures, one taken back, a repeat, one cut off in flight."""
+    for number in range(first, first + 5):
+        settle(journal, number)
+    settle(journal, first)
+    journal.begin_pass()
+    failed = settle(journal, first + 5, "timeout", final=False)
+    again = settle(journal, first + 6, "rejected")
+    journal.failed(hash_of(first + 5), 0, failed, in_doubt=True)
+    journal.reopen(again)
+    journal.sending(hash_of(first + 7), 0, journal.claim(hash_of(first + 7)))
+    journal.note_imported(f"run-before-{first}")
+    journal.sync()
+
+
+@pytest.mark.parametrize("segment_bytes", [900, room.SEGMENT_BYTES])
+@pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed later"])
+def test_a_kept_table_says_what_the_segments_say(
+    state: Path, monkeypatch: pytest.MonkeyPatch, segment_bytes: int, killed: bool
+) -> None:
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    with opened(state, segment_bytes=segment_bytes) as journal:
+        live(journal, 0)
+    with opened(state, segment_bytes=segment_bytes) as journal:
+        live(journal, 10)
+        if killed:
+            journal.close(remember=False)
+    table = state / "journal-table"
+    with_table = known(state)
+    table.unlink()
+    assert with_table == known(state)
+
+
+def test_a_kept_table_spares_reading_the_records(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    with opened(state) as journal:
+        live(journal, 0)
+    before = known(state)
+    monkeypatch.setattr(room._Segment, "events", lambda self: iter(()))
+    assert known(state) == before
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "another run's", "segment cut"])
+def test_a_kept_table_that_is_not_whole_is_not_believed(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    with opened(state) as journal:
+        live(journal, 0)
+    right = known(state)
+    table = state / "journal-table"
+    data = bytearray(table.read_bytes())
+    if harm == "flip":
+        data[-3] ^= 1
+    elif harm == "cut":
+        del data[-3:]
+    elif harm == "another run's":
+        other = Journal.open(tmp_path / "other", replace(HEADER, run_id="run-2"))
+        live(other, 20)
+        other.close()
+        data[:] = (tmp_path / "other" / "journal-table").read_bytes()
+    else:
+        segment = first_segment(state)
+        segment.write_bytes(segment.read_bytes()[:-200])
+    table.write_bytes(data)
+    found = known(state)
+    assert (found == right) is (harm != "segment cut")
+    table.unlink()
+    assert found == known(state)
+
+
+def test_what_is_not_durable_and_what_is_deleted_leave_no_table(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    with opened(state) as journal:
+        settle(journal, 0)
+    assert not (state / "journal-table").exists()
+    with opened(state) as journal:
+        live(journal, 0)
+        first_segment(state).unlink()
+    assert not (state / "journal-table").exists()
 
 
 # ── syncing ──────────────────────────────────────────────────────────────────────────────────────

@@ -9,16 +9,17 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from crash_harness import ROOT, write_rows
 
 from batchrun.cli import run_command
 from batchrun.journal import Journal
+from batchrun.mock_replies import FAULTS
 from batchrun.mock_server import (
-    FAULTS,
     Knobs,
     MockReply,
     MockRequest,
@@ -28,7 +29,6 @@ from batchrun.mock_server import (
     error_reply,
     fault_reply,
 )
-from crash_harness import ROOT, write_rows
 
 KEY = "sk-canary-0123456789-KEY"
 EXTRA = "hdr-canary-9876543210-EXTRA"
@@ -77,7 +77,8 @@ def with_headers(request: MockRequest) -> MockReply:
 
 
 def answered_with_headers(request: MockRequest) -> MockReply:
-    reply = completion(request, content=f"Your key is {KEY}, and {EXTRA}.")
+    """An answer stays as it came; what the endpoint says around it is another matter."""
+    reply = completion(request)
     return MockReply(body=reply.body, headers={**reply.headers, "x-request-id": KEY})
 
 
@@ -86,10 +87,9 @@ def redirecting(request: MockRequest) -> MockReply:
 
 
 def streamed(request: MockRequest) -> MockReply:
-    """The key in pieces, as tokens come."""
+    """The key in pieces, as tokens come, and no end."""
     pieces = [KEY[at : at + 3] for at in range(0, len(KEY), 3)]
     events = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
-    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
     return MockReply(body=body, headers=SSE)
 
