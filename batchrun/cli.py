@@ -1198,25 +1198,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run_command(args: list[str]) -> int:
     """Run one command line and return its exit code; everything it says is said."""
     if sys.platform == "win32":
-        click.echo("batchrun: runs on Linux and macOS; on Windows use it inside WSL", err=True)
+        _say("batchrun: runs on Linux and macOS; on Windows use it inside WSL")
         return EXIT_USAGE
     try:
         code = cli.main(args, prog_name="batchrun", standalone_mode=False, obj=args)
         sys.stdout.flush()
         return int(code or EXIT_OK)
     except BatchrunError as exc:
-        click.echo(report.error_text(exc), err=True)
+        _say(report.error_text(exc))
         return exc.exit_code
     except click.exceptions.NoArgsIsHelpError as exc:
-        click.echo(exc.format_message(), err=True)
+        _say(exc.format_message())
         return EXIT_USAGE
     except click.ClickException as exc:
-        click.echo(f"batchrun: {exc.format_message()}", err=True)
+        _say(f"batchrun: {exc.format_message()}")
         context = exc.ctx if isinstance(exc, click.UsageError) else None
-        click.echo(f"  see: {context.command_path if context else 'batchrun'} --help", err=True)
+        _say(f"  see: {context.command_path if context else 'batchrun'} --help")
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort):
-        click.echo("batchrun: interrupted", err=True)
+        _say("batchrun: interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
@@ -1227,10 +1227,15 @@ def run_command(args: list[str]) -> int:
 
 
 def _bug(text: str) -> int:
-    click.echo(text.rstrip(), err=True)
-    click.echo(
+    _say(text.rstrip())
+    _say(
         "batchrun: this is a bug in batchrun; answers received so far are in the journal.\n"
-        "  Please report it with the lines above, after a look that nothing private is in them.",
-        err=True,
+        "  Please report it with the lines above, after a look that nothing private is in them."
     )
     return EXIT_BUG
+
+
+def _say(text: str) -> None:
+    """Print on stderr; one that takes nothing (a full disk) must not change the exit code."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)

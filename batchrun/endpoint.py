@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import platform
 import socket
 import time
@@ -173,6 +174,8 @@ class ChatEndpoint:
 
     def _scrubbed(self, response: aiohttp.ClientResponse) -> Mapping[str, str]:
         """The reply's headers, which become request ids and reasons, without any secret."""
+        if not self._secret_bytes:
+            return response.headers
         for _, value in response.raw_headers:
             for secret in self._secret_bytes:
                 if secret in value:
@@ -340,7 +343,7 @@ def _explain(exc: Exception) -> tuple[Failure, str, bool]:
         case aiohttp.ClientHttpProxyError():
             return "proxy", f"the proxy answered {exc.status} {exc.message}", False
         case aiohttp.ClientConnectorError():
-            return "connect", f"cannot connect: {exc.os_error.strerror or exc.os_error}", False
+            return "connect", f"cannot connect: {_os_reason(exc.os_error)}", False
         case aiohttp.ConnectionTimeoutError():
             return "connect", "no connection within the connect timeout", False
         case TimeoutError():
@@ -352,6 +355,11 @@ def _explain(exc: Exception) -> tuple[Failure, str, bool]:
         case ValueError():
             return "bad_header", f"the request cannot be sent: {type(exc).__name__}", False
     return "disconnected", "the connection was closed before the reply was whole", True
+
+
+def _os_reason(error: OSError) -> str:
+    # asyncio puts the address into strerror; the errno has the plain words.
+    return os.strerror(error.errno) if error.errno else error.strerror or "no reason given"
 
 
 def _tls_reason(exc: Exception) -> str:

@@ -1318,8 +1318,10 @@ class Lock:
             # A name left behind would be blamed for the next one's lock.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, 0)
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            # The descriptor is gone whatever close says, and nothing of ours hangs on it.
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 def _remove(path: Path) -> None:

@@ -401,7 +401,8 @@ def _told(piece: Slice, tally: OutputTally) -> tuple[_Rows, pa.RecordBatch | Non
         left_out = set(pending)
         stay = [at for at in range(len(piece.outcomes)) if at not in left_out]
         custom_ids = [custom_ids[at] for at in stay]
-        carried = None if carried is None else carried.take(stay)
+        # Typed, for a piece without any answer: an empty list alone would be of type null.
+        carried = None if carried is None else carried.take(pa.array(stay, pa.int64()))
     messages = [""] * len(outcomes)
     if special:
         custom_ids = list(custom_ids)

@@ -576,3 +576,15 @@ def test_no_command_shows_the_help_and_is_exit_2() -> None:
     done = _batchrun()
     assert done.returncode == 2
     assert "Usage: batchrun" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the platform has no /dev/full")
+def test_a_stderr_that_takes_nothing_changes_no_exit_code() -> None:
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "batchrun", "submit", "missing.jsonl", "--mock"],
+            stderr=full,
+            cwd=Path(__file__).parent.parent,
+            check=False,
+        )
+    assert ended.returncode == 2

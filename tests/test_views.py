@@ -173,3 +173,23 @@ def test_models_lists_what_the_endpoint_offers(batchrun: Command, mock: StartMoc
     server = mock(Knobs(models=("small", "large")))
     ended = batchrun("models", "--base-url", server.url)
     assert (ended.code, ended.out) == (0, "small\nlarge\n")
+
+
+def test_collect_of_a_run_without_any_answer_is_an_empty_table(
+    batchrun: Command, mock: StartMock
+) -> None:
+    halfway = Halfway(mock, answered=0)
+    write_rows(10)
+    command = ["submit", "in.jsonl", "--base-url", halfway.server.url, "-m", "m", "-c", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "batchrun", *command], stderr=subprocess.PIPE, env=environment
+    ) as process:
+        try:
+            assert halfway.reached.wait(WAIT_S)
+        finally:
+            process.kill()
+    ended = batchrun("collect", "in.results.parquet")
+    assert ended.code == 0
+    table = pq.read_table("in.results.partial.parquet")
+    assert (table.num_rows, table.schema.names[:2]) == (0, ["n", "prompt"])
