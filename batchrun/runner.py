@@ -25,7 +25,7 @@ from typing import BinaryIO
 import msgspec
 
 from batchrun import delivery, inputs, journal, outputs, plan, process, prompts, report
-from batchrun.accounting import OutputTally
+from batchrun.accounting import OutputTally, RunTally
 from batchrun.config import (
     MAX_CONCURRENCY,
     STATE_SUFFIX,
@@ -230,12 +230,14 @@ class _Run:
         if self.published is not None and await asyncio.to_thread(self._was_published_from_here):
             self.keep_state = self.ok_before > self.plan.counts.held_ok
             return self._nothing_left(self.published)
+        self._count_rows(RunTally())
         self._say_start(files)
         if self.plan.counts.to_send:
             delivered = await self._deliver()
             self.summary.this_run = _this_run(delivered)
+            self._count_rows(delivered.tally, delivered.reopened)
             if delivered.cause is not None:
-                return self._stopped(delivered, delivered.cause)
+                return self._ended(delivered.cause)
             if delivered.tally.done != self.plan.counts.to_send:
                 # A bug, and one that must not become a file with rows missing.
                 lost = self.plan.counts.to_send - delivered.tally.done
@@ -502,11 +504,12 @@ class _Run:
         reason = f"{rows.error:,} rows failed, {allowed} allowed"
         return self._closed("finished", EXIT_ROWS_FAILED, reason)
 
-    def _stopped(self, delivered: Delivered, cause: BatchrunError) -> RunSummary:
-        tally, counts = delivered.tally, self.plan.counts
+    def _count_rows(self, tally: RunTally, reopened: int = 0) -> None:
+        """What a run that ends before its output says of the rows; the output itself knows more."""
+        counts = self.plan.counts
         self.summary.errors = tally.errors
         ok, failed = counts.held_ok + tally.ok, counts.held_failed + counts.invalid + tally.failed
-        failed -= delivered.reopened
+        failed -= reopened
         self.summary.rows = RowCounts(
             total=counts.total,
             ok=ok,
@@ -518,10 +521,12 @@ class _Run:
             empty=tally.empty,
             duplicate=counts.repeats,
         )
-        return self._ended(cause)
 
     def _ended(self, cause: BatchrunError) -> RunSummary:
         self.summary.next_steps = list(cause.next_steps)
+        if self.config.to_stdout and self.config.state_dir is None:
+            self.summary.next_steps = ["--state DIR would keep the answers; now they are gone"]
+            self.summary.state_dir = None
         summary = self._closed(_state_of(cause), cause.exit_code, cause.message)
         if hasattr(self, "plan"):
             rows, code = summary.rows, cause.exit_code
