@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -64,6 +65,8 @@ from batchrun.types import Bound, OutputTotals, RowCounts, RunSummary, State, Th
 MOCK_HOST = "mock"
 MOCK_ENDPOINT = Endpoint("", MOCK_HOST, MOCK_HOST, None, None, None, None)
 IMPORT_ROWS = 1_000
+# An answer of some 100 words with its usage; once in the journal and once in the output.
+USUAL_ANSWER_BYTES = 1_000
 BACKUP_SUFFIX = ".bak"
 OFFER_S = 5.0
 SHOWN_MODELS = 5
@@ -231,6 +234,7 @@ class _Run:
             self.keep_state = self.ok_before > self.plan.counts.held_ok
             return self._nothing_left(self.published)
         self._count_rows(RunTally())
+        self._warn_of_a_small_disk()
         self._say_start(files)
         if self.plan.counts.to_send:
             delivered = await self._deliver()
@@ -361,6 +365,17 @@ class _Run:
                 "no model: neither --model nor any row names one, and this endpoint has no default",
                 next_steps=("-m MODEL            `batchrun models` lists what it offers",),
             )
+
+    def _warn_of_a_small_disk(self) -> None:
+        carried_bytes = sum(source.file.size_bytes for source in self.sources)
+        needed = self.plan.counts.to_send * 2 * USUAL_ANSWER_BYTES + carried_bytes
+        with suppress(OSError):
+            free = shutil.disk_usage(self.state).free
+            if free < needed:
+                self._note(
+                    f"{self.state.parent.absolute()} has {report.size(free)} free; journal and"
+                    f" output may need about {report.size(needed)}"
+                )
 
     def _say_start(self, files: Resolved) -> None:
         facts = self._start_facts(files)

@@ -934,3 +934,14 @@ def test_without_a_model_anywhere_nothing_is_sent(mock: StartMock, submit: Submi
     write_rows(range(3), model="its own")
     assert submit("in.jsonl", "--base-url", server.url, "--body-columns", "model").code == 0
     assert not Path("in.results.parquet.batchrun").exists()
+
+
+def test_a_disk_too_small_for_the_answers_is_said_at_the_start(
+    submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(".")._replace(free=1_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    write_rows(range(10))
+    ended = submit("in.jsonl", "--mock")
+    assert "free; journal and output may need about" in " ".join(ended.err.split())
+    assert ended.code == 0
