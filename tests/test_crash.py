@@ -20,7 +20,7 @@ from crash_harness import Launched, Launcher, survive, write_rows
 from batchrun.mock_server import Knobs, MockReply, MockRequest, MockServerThread
 
 KILLS = 50
-STARTS = 32
+STARTS = 50
 
 
 @pytest.fixture(scope="module")
