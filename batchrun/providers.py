@@ -272,9 +272,7 @@ def _read_key(path: str) -> str:
     return text
 
 
-def _no_key(
-    base: str, host: str, owner: Provider | None, environ: Mapping[str, str]
-) -> UsageError:
+def _no_key(base: str, host: str, owner: Provider | None, environ: Mapping[str, str]) -> UsageError:
     wanted = owner.key_env if owner and owner.key_env else DEFAULT_KEY_ENV
     elsewhere = [
         p for p in PROVIDERS.values() if p.key_env and p is not owner and environ.get(p.key_env)

@@ -607,7 +607,7 @@ def live(journal: Journal, first: int) -> None:
     journal.sync()
 
 
-@pytest.mark.parametrize("segment_bytes", [900, room.SEGMENT_BYTES])
+@pytest.mark.parametrize("segment_bytes", [900, 1_500, 2_100, room.SEGMENT_BYTES])
 @pytest.mark.parametrize("killed", [False, True], ids=["closed", "killed later"])
 def test_a_kept_table_says_what_the_segments_say(
     state: Path, monkeypatch: pytest.MonkeyPatch, segment_bytes: int, killed: bool
