@@ -471,7 +471,7 @@ class _Run:
 
     def _finished(self, footer: Footer) -> RunSummary:
         if not self.keep_state and not (self.config.to_stdout and self.config.state_dir):
-            self.book.close()
+            self.book.close(remember=False)
             self.lock.remove_state()
             self.summary.state_dir = None
         elif self.keep_state:
