@@ -8,6 +8,7 @@ no connection limit that would count as time, explicit timeouts, our own bounded
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import platform
@@ -39,6 +40,8 @@ MAX_BODY_BYTES = 24 * 2**20
 KEEPALIVE_S = 4.0
 # A stream that is silent this long is dead, whatever the attempt's own time.
 STREAM_SILENCE_S = 120.0
+# What may still follow once every choice has its finish: usage, [DONE], the last chunk.
+STREAM_TAIL_S = 5.0
 # aiohttp warns when larger bodies are given as bytes: it would copy them in one go.
 LARGE_BODY_BYTES = 2**20
 MAX_HEADER_BYTES = 64 * 2**10
@@ -391,31 +394,28 @@ async def _follow(
     """Feed the stream to its end; seconds from the request to its first token."""
     ttft_s: float | None = None
     inflate = _inflater(response.headers.get("Content-Encoding", ""))
-    while True:
+    while not stream.done:
         async with asyncio.timeout(STREAM_SILENCE_S):
             chunk = await response.content.readany()
         if not chunk:
             break
-        stream.feed(_inflated(inflate, chunk) if inflate is not None else chunk)
+        _feed(stream, inflate, chunk)
         if ttft_s is None and stream.first_token:
             ttft_s = time.monotonic() - started_s
-        if stream.problem == "too_large":
-            raise _TooLarge
-        if stream.done:
-            await _finish(response)
-            break
+    # The usage often comes after the finish, and with the last chunk read the connection lives on;
+    # an answer that has its finish does not depend on either.
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+        async with asyncio.timeout(STREAM_TAIL_S):
+            while chunk := await response.content.readany():
+                _feed(stream, inflate, chunk)
     stream.close()
     return ttft_s
 
 
-async def _finish(response: aiohttp.ClientResponse) -> None:
-    # After [DONE] the last chunk usually follows at once; with it read the connection lives on.
-    try:
-        async with asyncio.timeout(1.0):
-            while await response.content.readany():
-                pass
-    except (TimeoutError, aiohttp.ClientError, OSError):
-        response.close()
+def _feed(stream: Assembler, inflate: zlib._Decompress | None, chunk: bytes) -> None:
+    stream.feed(_inflated(inflate, chunk) if inflate is not None else chunk)
+    if stream.problem == "too_large":
+        raise _TooLarge
 
 
 def _inflater(encoding: str) -> zlib._Decompress | None:

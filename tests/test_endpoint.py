@@ -529,6 +529,13 @@ def test_usage_is_found_wherever_a_stream_says_it(place: StreamUsage) -> None:
     assert attempt.ttft_s <= attempt.ended_s - attempt.started_s
 
 
+def test_usage_that_comes_after_the_finish_is_waited_for() -> None:
+    knobs = Knobs(stream_usage="extra_chunk", stream_pause_s=0.02)
+    attempt, server = ask(knobs, asked=request("Why?", stream=True))
+    assert attempt.reply is not None
+    assert attempt.reply.usage == server.ledger.billed
+
+
 def test_a_reply_is_read_by_its_content_type_whatever_was_asked() -> None:
     plain = replies(MockReply(body=ANSWER, headers=JSON))
     assert ask(respond=plain, asked=request(stream=True))[0].body == ANSWER
