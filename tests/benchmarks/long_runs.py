@@ -40,52 +40,56 @@ def memory(arena: Arena, scale: float) -> Iterator[str]:
 
 
 def resume(arena: Arena, scale: float) -> Iterator[str]:
-    """Interrupt a run that holds a million answers, continue it, and publish it in two ways."""
+    """Kill a run that holds a million answers; continue it as it is, and after an orderly stop."""
     rows = round(1_000_000 * scale)
     prompts = arena.prompts(rows + REST)
     with arena.scratch("resume") as scratch:
-        held = scratch / "held.parquet"
-        job = Job(prompts, arena.up.base_url, IN_FLIGHT, held)
-        stopped = arena.run_job(BATCHRUN, job, Endpoint(), _stop_after(arena, rows))
-        if stopped.exit_code != 128 + signal.SIGTERM:
-            raise SystemExit(f"the run was not stopped: {stopped.problem or 'it finished'}")
+        killed = Job(prompts, arena.up.base_url, IN_FLIGHT, scratch / "killed.parquet")
+        _interrupted(arena, killed, rows, signal.SIGKILL, -signal.SIGKILL)
+        table = [_continued(arena, killed, scratch / "0.parquet", "killed", BATCHRUN)]
+        stopped = replace(killed, output=scratch / "stopped.parquet")
+        shutil.copytree(f"{killed.output}.batchrun", f"{stopped.output}.batchrun")
+        _interrupted(arena, stopped, REST // 10, signal.SIGTERM, 128 + signal.SIGTERM)
+        for n, (name, contender) in enumerate(_WAYS, 1):
+            table.append(_continued(arena, stopped, scratch / f"{n}.parquet", name, contender))
         yield markdown(
-            ("output", "first request after s", "published rows/s", "peak MB"),
-            [
-                _continued(arena, replace(job, output=scratch / f"{n}.parquet"), held, *way)
-                for n, way in enumerate(_WAYS)
-            ],
+            ("interrupted run", "first request after s", "published rows/s", "peak MB"), table
         )
 
 
 _WAYS = (
-    ("with response_body", BATCHRUN),
+    ("stopped", BATCHRUN),
     (
-        "without response_body",
+        "stopped, without response_body",
         Contender("batchrun-lean", batchrun("-c", "{in_flight}", "--no-response-body")),
     ),
 )
 
 
-def _stop_after(arena: Arena, answered: int) -> Callable[[subprocess.Popen[bytes]], None]:
+def _interrupted(arena: Arena, job: Job, answered: int, by: signal.Signals, expected: int) -> None:
+    """Run the job until the endpoint gave that many answers, and then end it ``by`` a signal."""
+
     def watch(process: subprocess.Popen[bytes]) -> None:
         while process.poll() is None:
             if arena.up.books().answered >= answered:
-                process.terminate()
+                process.send_signal(by)
                 return
             time.sleep(0.05)
 
-    return watch
+    run = arena.run_job(BATCHRUN, job, Endpoint(), watch)
+    if run.exit_code != expected:
+        raise SystemExit(f"the run was not interrupted: {run.problem or 'it finished'}")
 
 
 def _continued(
-    arena: Arena, job: Job, held: Path, name: str, contender: Contender
+    arena: Arena, held: Job, output: Path, name: str, contender: Contender
 ) -> tuple[str, ...]:
-    shutil.copytree(f"{held}.batchrun", f"{job.output}.batchrun")
-    run = arena.run_job(contender, job, Endpoint())
+    """A row of the table: a copy of the interrupted run, run to its end."""
+    shutil.copytree(f"{held.output}.batchrun", f"{output}.batchrun")
+    run = arena.run_job(contender, replace(held, output=output), Endpoint())
     _check(run)
     books = arena.up.books()
-    with open(job.prompts, "rb") as lines:
+    with open(held.prompts, "rb") as lines:
         total = sum(1 for _ in lines)
     return (
         f"{name}, {total - books.requests:,} answers held",
