@@ -71,10 +71,10 @@ def environ() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT)}
 
 
-def batchrun(*options: str) -> Command:
+def batchrun(*options: str, start: tuple[str, ...] = ("-m", "batchrun")) -> Command:
     """The real command line, with everything on."""
     return lambda job: [
-        *(sys.executable, "-m", "batchrun", "submit", str(job.prompts)),
+        *(sys.executable, *start, "submit", str(job.prompts)),
         *("--base-url", job.base_url, "-m", "bench", "-o", str(job.output), "--quiet"),
         *(option.format(in_flight=job.in_flight) for option in options),
     ]
@@ -115,6 +115,10 @@ CONTENDERS = {
         Contender("batchrun", batchrun("-c", "{in_flight}")),
         Contender("batchrun-auto", batchrun()),
         Contender("batchrun-rpm", batchrun("--rpm", "6000")),
+        Contender(
+            "batchrun-watched",
+            batchrun("-c", "{in_flight}", start=(str(HERE / "clients" / "stalls.py"),)),
+        ),
         Contender("naive", _own("naive.py")),
         Contender("tuned", _own("tuned.py")),
         Contender("openai", _rival("openai"), ("openai", "tqdm")),

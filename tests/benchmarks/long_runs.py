@@ -1,4 +1,4 @@
-"""Two questions that take minutes: does memory grow, and how fast does a big run resume?"""
+"""What takes minutes: does memory grow, what stalls the loop, how fast does a big run resume?"""
 
 from __future__ import annotations
 
@@ -37,6 +37,19 @@ def memory(arena: Arena, scale: float) -> Iterator[str]:
     yield f"{more:.0f} bytes more for each further row"
     for run in runs:
         _check(run)
+
+
+def stalls(arena: Arena, scale: float) -> Iterator[str]:
+    """What the event loop and other threads had to wait for while a run was sent and published."""
+    run = arena.run(
+        CONTENDERS["batchrun-watched"], Endpoint(), in_flight=IN_FLIGHT, rows=round(200_000 * scale)
+    )
+    _check(run)
+    callback_ms, wait_ms = run.said.split()
+    yield markdown(
+        ("longest callback, ms of CPU", "longest wait for the interpreter, ms"),
+        [(callback_ms, wait_ms)],
+    )
 
 
 def resume(arena: Arena, scale: float) -> Iterator[str]:
@@ -104,4 +117,8 @@ def _check(run: Spent) -> None:
         raise SystemExit(run.problem)
 
 
-PROFILES: dict[str, Callable[[Arena, float], Iterator[str]]] = {"memory": memory, "resume": resume}
+PROFILES: dict[str, Callable[[Arena, float], Iterator[str]]] = {
+    "memory": memory,
+    "stalls": stalls,
+    "resume": resume,
+}
