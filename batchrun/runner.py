@@ -248,7 +248,7 @@ class _Run:
                 raise RuntimeError(f"{lost:,} rows were neither answered nor failed")
         self.stop.all_sent()
         footer = await asyncio.to_thread(self._publish)
-        return self._finished(footer)
+        return await self._finished(footer)
 
     # The steps, in order
 
@@ -469,10 +469,11 @@ class _Run:
 
     # How it ends
 
-    def _finished(self, footer: Footer) -> RunSummary:
+    async def _finished(self, footer: Footer) -> RunSummary:
         if not self.keep_state and not (self.config.to_stdout and self.config.state_dir):
             self.book.close(remember=False)
-            self.lock.remove_state()
+            # Unlinking gigabytes of segments takes a while.
+            await asyncio.to_thread(self.lock.remove_state)
             self.summary.state_dir = None
         elif self.keep_state:
             self._write_end(footer.rows.ok, footer.rows.error, "finished", EXIT_OK, None)
