@@ -7,8 +7,12 @@ it and when. Both cost under a microsecond a row and do not grow with the number
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 from batchrun.types import (
     Answer,
+    Answers,
     Decision,
     ErrorCount,
     ErrorExample,
@@ -16,6 +20,7 @@ from batchrun.types import (
     Reply,
     RowCounts,
     TokenCounts,
+    Tokens,
     Usage,
 )
 
@@ -53,7 +58,6 @@ class TokenSums:
         prompt, completion, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
         if prompt is None and completion is None and total is None:
             self.rows_without_usage += 1
-            return
         if prompt is not None:
             self.prompt = (self.prompt or 0) + prompt
         if completion is not None:
@@ -64,6 +68,17 @@ class TokenSums:
             self.cached = (self.cached or 0) + usage.cached_tokens
         if usage.reasoning_tokens is not None:
             self.reasoning = (self.reasoning or 0) + usage.reasoning_tokens
+
+    def add_all(self, tokens: Tokens) -> None:
+        """As ``add`` for many rows."""
+        self.prompt = _plus_all(self.prompt, tokens.prompt)
+        self.completion = _plus_all(self.completion, tokens.completion)
+        self.total = _plus_all(self.total, tokens.total)
+        self.cached = _plus_all(self.cached, tokens.cached)
+        self.reasoning = _plus_all(self.reasoning, tokens.reasoning)
+        if None in tokens.prompt:
+            told = zip(tokens.prompt, tokens.completion, tokens.total, strict=True)
+            self.rows_without_usage += list(told).count((None, None, None))
 
     @property
     def spent(self) -> int:
@@ -79,6 +94,11 @@ class TokenSums:
             reasoning=self.reasoning,
             rows_without_usage=self.rows_without_usage,
         )
+
+
+def _plus_all(total: int | None, tokens: Sequence[int | None]) -> int | None:
+    reported = [each for each in tokens if each is not None] if None in tokens else tokens
+    return (total or 0) + sum(cast("Sequence[int]", reported)) if reported else total
 
 
 class Causes:
@@ -197,7 +217,7 @@ class RunTally:
 
 
 class OutputTally:
-    """What an output holds: every row of it is told once, in order, by ``add``."""
+    """What an output holds: every row of it is told once, by ``add`` or ``add_ok``."""
 
     __slots__ = (
         "_causes",
@@ -241,26 +261,44 @@ class OutputTally:
         self._tokens.add(outcome.usage)
         if outcome.occurrence:
             self.duplicate += 1
-        if outcome.model not in self._models and len(self._models) < MAX_MODELS:
-            self._models[outcome.model] = None
+        self.note_models((outcome.model,))
         if outcome.kind != "ok":
             passing = not outcome.final
             self.passing += passing
             self._failed(outcome.kind, outcome.code, passing, outcome.message, custom_id, source)
             return
         self.ok += 1
-        # Nearly every answer is whole: the finer questions are for the others.
-        if answer is not None and (
-            answer.finish_reason != "stop" or not answer.response or answer.refusal
-        ):
-            self._judge(answer)
+        if answer is not None:
+            self._judge(answer.finish_reason, answer.response, answer.tool_calls, answer.refusal)
 
-    def _judge(self, answer: Answer) -> None:
-        if is_truncated(answer.finish_reason):
+    def add_ok(
+        self, models: Iterable[str], occurrences: Sequence[int], tokens: Tokens, answers: Answers
+    ) -> None:
+        """Count rows that are ok, as ``add`` does one by one."""
+        self.ok += len(occurrences)
+        self._tokens.add_all(tokens)
+        self.duplicate += len(occurrences) - occurrences.count(0)
+        self.note_models(models)
+        reasons, responses, refusals = answers.finish_reasons, answers.responses, answers.refusals
+        if set(reasons) != {"stop"} or not all(responses) or any(refusals):
+            judged = zip(reasons, responses, answers.tool_calls, refusals, strict=True)
+            for reason, response, tool_calls, refusal in judged:
+                self._judge(reason, response, tool_calls, refusal)
+
+    def note_models(self, models: Iterable[str]) -> None:
+        """Models asked, in the order in which rows ask them."""
+        for model in dict.fromkeys(models):
+            if model not in self._models and len(self._models) < MAX_MODELS:
+                self._models[model] = None
+
+    def _judge(
+        self, finish_reason: str | None, response: str | None, tool_calls: str | None, refusal: bool
+    ) -> None:
+        if is_truncated(finish_reason):
             self.truncated += 1
-        if is_filtered(answer.finish_reason, answer.refusal):
+        if is_filtered(finish_reason, refusal):
             self.filtered += 1
-        elif not answer.response and answer.tool_calls is None:
+        elif not response and tool_calls is None:
             self.empty += 1
 
     def _without_outcome(self, invalid_reason: str | None, custom_id: str, source: str) -> None:

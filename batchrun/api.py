@@ -286,15 +286,12 @@ class _Builders:
             built = self._builder(row).build(row)
             if isinstance(built, Invalid):
                 return invalid_result(custom_id, built.reason)
-            body, digest = prompts.encode(built.body), prompts.request_hash(built.body)
-        except ValueError as exc:
-            return invalid_result(custom_id, str(exc))
         except UsageError as exc:
             return invalid_result(custom_id, exc.message)
         request = Request(
             row=number,
-            body=body,
-            hash=digest,
+            body=prompts.encode(built.body),
+            hash=built.hash,
             occurrence=0,
             slot=0,
             model=built.model,

@@ -334,7 +334,7 @@ class _Meter:
         self._cpu_s = time.process_time()
 
     def snapshot(self) -> Snapshot:
-        tally, before = self._tally, self._before
+        tally, before, now = self._tally, self._before, time.monotonic()
         return Snapshot(
             total=before.total,
             done=before.ok + before.failed + tally.done,
@@ -342,7 +342,10 @@ class _Meter:
             failed=before.failed + tally.failed,
             in_flight=self._limits.in_flight,
             tokens=tally.tokens_spent,
-            waiting=self._limits.waiting(time.monotonic()),
+            waiting=self._limits.waiting(now),
+            longest_s=self._limits.longest_s(now),
+            resting=self._pool.waiting,
+            bound_by=self._limits.bound_by(),
         )
 
     def sample(self) -> Snapshot:

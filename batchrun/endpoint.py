@@ -15,7 +15,7 @@ import platform
 import socket
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
@@ -36,6 +36,16 @@ from batchrun.types import Attempt, Failure, Reply, Request
 
 # Larger than any completion with its log probabilities; a gzip bomb of 300 MB stops here.
 MAX_BODY_BYTES = 24 * 2**20
+# What a reply may hold without asking anybody; all of a usual one.
+OWN_BYTES = 64 * 2**10
+# What all larger ones share: 64 streams of 50,000 tokens each fit in.
+SHARED_BYTES = 12 * 2**20
+# What Python needs for a piece, however small: single bytes must not pass for a small body.
+PIECE_COST_BYTES = 64
+# What aiohttp reads ahead of a reply that waits; one read of the socket may add 256 KB.
+READ_AHEAD_BYTES = 16 * 2**10
+# Read, unpacked and asked for at a time, once a reply is no usual one.
+STEP_BYTES = 64 * 2**10
 # vLLM and uvicorn close idle connections after 5 s; reusing one they just closed loses the request.
 KEEPALIVE_S = 4.0
 # A stream that is silent this long is dead, whatever the attempt's own time.
@@ -69,6 +79,7 @@ class ChatEndpoint:
         self._url = URL(endpoint.url, encoded=True)
         self._headers = _headers(endpoint.key, headers)
         self._timeout_s = timeout_s
+        self._space = _Space(connect_timeout_s + timeout_s)
         self._timeout = aiohttp.ClientTimeout(
             total=connect_timeout_s + timeout_s,
             connect=connect_timeout_s,
@@ -104,6 +115,7 @@ class ChatEndpoint:
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=self._timeout,
             auto_decompress=False,
+            read_bufsize=READ_AHEAD_BYTES,
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
             proxy=self._proxy,
@@ -154,7 +166,7 @@ class ChatEndpoint:
                 self._new_session(lean=False) as session,
                 session.get(url, headers=self._headers, allow_redirects=False) as response,
             ):
-                body = await _whole(response)
+                body = await _whole(response, self._space, time.monotonic())
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             failure, detail, _ = _explain(exc)
             stopped = EndpointRefused if failure in ("tls", "no_host") else StoppedEarly
@@ -191,10 +203,12 @@ class ChatEndpoint:
         failure: Failure | None = None
         if response.content_type == "text/event-stream":
             stream = Assembler(limit_bytes=MAX_BODY_BYTES)
-            ttft_s = await _follow(response, stream, started_s)
+            ttft_s = await _follow(response, stream, self._space, started_s)
             body, failure = stream.body(), stream.problem
         else:
-            body = await _whole(response)
+            body = await _whole(response, self._space, started_s)
+        if failure is None and not body.isascii() and not _is_utf8(body):
+            failure = "not_utf8"
         reply = _parsed(body)
         if response.status != 200 or failure or reply is None or reply.error or not reply.choices:
             # Some endpoints quote the key they refuse; it must not reach journal or report. An
@@ -237,6 +251,14 @@ class ChatEndpoint:
             detail=self.scrub(detail),
             sent=sent or response is not None,
         )
+
+
+def _is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _parsed(body: bytes) -> Reply | None:
@@ -370,92 +392,189 @@ def _tls_reason(exc: Exception) -> str:
     return str(reason).replace("_", " ").lower() or "unknown reason"
 
 
-async def _whole(response: aiohttp.ClientResponse) -> bytes:
+class _Space:
+    """Memory for the replies in flight: what keeps a run small when every one of them is huge.
+
+    The law. Each reply holds up to OWN_BYTES that nobody counts. Beyond, it takes from SHARED_BYTES
+    while they last; when they do not, one reply at a time may hold up to MAX_BODY_BYTES all the
+    same, and the others wait, with their reading paused, until a reply ends or their attempt's own
+    time does. So all of them hold at most SHARED_BYTES + MAX_BODY_BYTES + OWN_BYTES each, beside
+    what aiohttp has read ahead of us. None fails for the company it is in: whoever may hold
+    everything waits for nobody, so the line always moves.
+    """
+
+    def __init__(self, attempt_s: float) -> None:
+        self.attempt_s = attempt_s
+        self.free_bytes = SHARED_BYTES
+        self.largest: _Share | None = None  # the one that need not wait
+        self.freed = asyncio.Event()
+
+
+class _Share:
+    """What one reply holds of a space; use with ``with``."""
+
+    def __init__(self, space: _Space, started_s: float) -> None:
+        self.bytes = OWN_BYTES
+        self._space = space
+        self._until_s = started_s + space.attempt_s
+        self._taken_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        space = self._space
+        space.free_bytes += self._taken_bytes
+        if space.largest is self:
+            space.largest = None
+        if self.bytes > OWN_BYTES:
+            space.freed.set()
+
+    async def grow(self, size_bytes: int) -> None:
+        """Wait until the reply may hold so much; TimeoutError when its time is over."""
+        if size_bytes > MAX_BODY_BYTES:
+            raise _TooLarge
+        wanted_bytes = min(size_bytes + STEP_BYTES, MAX_BODY_BYTES)
+        while not self._take(wanted_bytes - self.bytes):
+            self._space.freed.clear()
+            async with asyncio.timeout(self._until_s - time.monotonic()):
+                await self._space.freed.wait()
+        self.bytes = wanted_bytes
+
+    def _take(self, more_bytes: int) -> bool:
+        space = self._space
+        if space.largest is self:
+            return True
+        if more_bytes <= space.free_bytes:
+            space.free_bytes -= more_bytes
+            self._taken_bytes += more_bytes
+            return True
+        if space.largest is None:
+            space.largest = self
+            return True
+        return False
+
+
+async def _whole(response: aiohttp.ClientResponse, space: _Space, started_s: float) -> bytes:
     """The decompressed body, or _TooLarge as soon as it is too large."""
     content = response.content
     body = await content.readany()
+    encoding = response.headers.get("Content-Encoding")
     # One read is the usual case: the whole reply was there, no copy is needed.
-    if not content.at_eof():
-        parts, size = [body], len(body)
-        while part := await content.readany():
-            size += len(part)
-            if size > MAX_BODY_BYTES:
-                raise _TooLarge
-            parts.append(part)
-        body = b"".join(parts)
-    if "Content-Encoding" in response.headers:
-        return _decompressed(body, response.headers["Content-Encoding"])
-    return body
+    if encoding is None and content.at_eof():
+        return body
+    with _Share(space, started_s) as share:
+        if not content.at_eof():
+            body = await _read_on(content, body, share)
+        return body if encoding is None else await _decompressed(body, encoding, share)
+
+
+async def _read_on(content: aiohttp.StreamReader, first: bytes, share: _Share) -> bytes:
+    # Not one buffer that grows: each time it moves, it would be there twice.
+    parts, size = [first], len(first)
+    while True:
+        if size + STEP_BYTES > share.bytes:
+            await share.grow(size)
+        part = await content.read(STEP_BYTES)
+        if not part:
+            return b"".join(parts)
+        size += len(part) + PIECE_COST_BYTES
+        parts.append(part)
+
+
+async def _decompressed(packed: bytes, encoding: str, share: _Share) -> bytes:
+    inflate = _inflater(encoding, packed)
+    if inflate is None or not packed:
+        return packed
+    pieces = _pieces(inflate, packed)
+    plain = next(pieces, b"")
+    if not inflate.eof:
+        # What is packed is held as well, but it is the smaller part of anything dangerous.
+        parts, size = [plain], len(plain)
+        for piece in pieces:
+            size += len(piece)
+            if size > share.bytes:
+                await share.grow(size)
+            parts.append(piece)
+        plain = b"".join(parts)
+    if not inflate.eof:
+        raise aiohttp.ClientPayloadError
+    return plain
 
 
 async def _follow(
-    response: aiohttp.ClientResponse, stream: Assembler, started_s: float
+    response: aiohttp.ClientResponse, stream: Assembler, space: _Space, started_s: float
 ) -> float | None:
     """Feed the stream to its end; seconds from the request to its first token."""
     ttft_s: float | None = None
-    inflate = _inflater(response.headers.get("Content-Encoding", ""))
-    while not stream.done:
-        async with asyncio.timeout(STREAM_SILENCE_S):
-            chunk = await response.content.readany()
-        if not chunk:
-            break
-        _feed(stream, inflate, chunk)
-        if ttft_s is None and stream.first_token:
-            ttft_s = time.monotonic() - started_s
-    # The usage often comes after the finish, and with the last chunk read the connection lives on;
-    # an answer that has its finish does not depend on either.
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
-        async with asyncio.timeout(STREAM_TAIL_S):
-            while chunk := await response.content.readany():
-                _feed(stream, inflate, chunk)
-    stream.close()
+    content = response.content
+    inflate: zlib._Decompress | None = None
+    encoding = response.headers.get("Content-Encoding")
+    with _Share(space, started_s) as share:
+        while not stream.done:
+            async with asyncio.timeout(STREAM_SILENCE_S):
+                chunk = await content.read(STEP_BYTES)
+            if not chunk:
+                break
+            if encoding is not None:
+                inflate, encoding = _inflater(encoding, chunk), None
+            await _feed(stream, inflate, chunk, share)
+            if ttft_s is None and stream.first_token:
+                ttft_s = time.monotonic() - started_s
+        # The usage often comes after the finish, and with the last chunk read the connection lives
+        # on; an answer that has its finish does not depend on either.
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+            async with asyncio.timeout(STREAM_TAIL_S):
+                while chunk := await content.read(STEP_BYTES):
+                    await _feed(stream, inflate, chunk, share)
+        stream.close()
     return ttft_s
 
 
-def _feed(stream: Assembler, inflate: zlib._Decompress | None, chunk: bytes) -> None:
-    stream.feed(_inflated(inflate, chunk) if inflate is not None else chunk)
-    if stream.problem == "too_large":
-        raise _TooLarge
+async def _feed(
+    stream: Assembler, inflate: zlib._Decompress | None, chunk: bytes, share: _Share
+) -> None:
+    for piece in (chunk,) if inflate is None else _pieces(inflate, chunk):
+        stream.feed(piece)
+        if stream.held_bytes > share.bytes:
+            await share.grow(stream.held_bytes)
 
 
-def _inflater(encoding: str) -> zlib._Decompress | None:
+def _inflater(encoding: str, packed: bytes) -> zlib._Decompress | None:
     match encoding.strip().lower():
         case "" | "identity":
             return None
+        case "deflate" if packed[:1] and packed[0] & 0x0F != zlib.DEFLATED:
+            # Some servers say deflate and send it without zlib's header.
+            return zlib.decompressobj(wbits=-15)
         case "gzip" | "x-gzip" | "deflate":
             # 32 + 15: zlib finds out whether the header is gzip's or its own.
             return zlib.decompressobj(wbits=47)
     raise _BadEncoding
 
 
-def _inflated(inflate: zlib._Decompress, chunk: bytes) -> bytes:
-    try:
-        plain = inflate.decompress(chunk, MAX_BODY_BYTES)
-    except zlib.error as exc:
-        raise _BadEncoding from exc
-    if inflate.unconsumed_tail:
-        raise _TooLarge
-    return plain
-
-
-def _decompressed(body: bytes, encoding: str) -> bytes:
-    inflate = _inflater(encoding)
-    if inflate is None or not body:
-        return body
-    try:
-        plain = inflate.decompress(body, MAX_BODY_BYTES)
-    except zlib.error:
-        try:
-            # Some servers say deflate and send it without zlib's header.
-            inflate = zlib.decompressobj(wbits=-15)
-            plain = inflate.decompress(body, MAX_BODY_BYTES)
-        except zlib.error as exc:
-            raise _BadEncoding from exc
-    if inflate.unconsumed_tail:
-        raise _TooLarge
-    if not inflate.eof:
-        raise aiohttp.ClientPayloadError
-    return plain
+def _pieces(inflate: zlib._Decompress, packed: bytes) -> Iterator[bytes]:
+    """What ``packed`` unpacks to, step by step: a few bytes may stand for a thousand times more."""
+    unpacked_bytes = 0
+    for at in range(0, len(packed), STEP_BYTES):
+        tail, is_more = packed[at : at + STEP_BYTES], True
+        while is_more and not inflate.eof:
+            try:
+                plain = inflate.decompress(tail, STEP_BYTES)
+            except zlib.error as exc:
+                raise _BadEncoding from exc
+            tail = inflate.unconsumed_tail
+            # A full step may leave something to unpack behind, also when all input is taken.
+            is_more = bool(tail) or len(plain) == STEP_BYTES
+            unpacked_bytes += len(plain)
+            if unpacked_bytes > MAX_BODY_BYTES:
+                raise _TooLarge
+            yield plain
 
 
 def _headers(key: Secret | None, extra: Sequence[tuple[str, Secret]]) -> Mapping[str, str]:

@@ -52,6 +52,8 @@ _BATCH_BYTES: Final = 4 << 20
 _HEAD_BYTES: Final = 32 << 20
 _LINE_LIMIT_BYTES: Final = 64 << 20
 _READ_BYTES: Final = 1 << 20
+# Split into lines at once: more leaves the processor's cache.
+_PIECE_BYTES: Final = 256 << 10
 # zstd can expand 4 bytes to 128 KB; small pieces keep a hostile file from filling the memory.
 _ZSTD_PIECE_BYTES: Final = 8 << 10
 # Deeper values decode in one place and overflow the stack in the next.
@@ -380,27 +382,28 @@ class Batch:
     """At most 1,024 rows, in order.
 
     ``lines`` are 1-based: lines of a JSONL file, rows of a table. ``rows`` holds at least the
-    columns asked for; a table's rows are converted when first looked at.
+    columns asked for, and is often made only when first looked at.
     """
 
-    __slots__ = ("_rows", "_table", "carried", "lines")
+    __slots__ = ("_make", "_rows", "carried", "lines")
 
     def __init__(
         self,
         lines: Sequence[int],
-        rows: Rows | pa.RecordBatch,
+        rows: Rows | Callable[[], Rows],
         carried: pa.RecordBatch | None,
     ) -> None:
         self.lines = lines
         self.carried = carried
-        self._rows: Rows | None = rows if isinstance(rows, list) else None
-        self._table = None if isinstance(rows, list) else rows
+        self._rows = rows if isinstance(rows, list) else None
+        self._make = None if isinstance(rows, list) else rows
 
     @property
     def rows(self) -> Rows:
         if self._rows is None:
-            self._rows = _rows_of(self._table)
-            self._table = None
+            assert self._make is not None
+            self._rows = self._make()
+            self._make = None
         return self._rows
 
     def __len__(self) -> int:
@@ -454,11 +457,23 @@ def read(
 
 def _read_lines(file: InputFile, carry: Carried | None) -> Iterator[Batch]:
     nothing = True
-    for numbers, rows, _ in _groups(file):
-        yield Batch(numbers, rows, carry.from_rows(rows) if carry else None)
-        nothing = False
+    first = 1
+    for lines, _ in _lines(file):
+        batch = _batch_of(first, lines, carry)
+        first += len(lines)
+        if len(batch):
+            yield batch
+            nothing = False
     if nothing:
         yield Batch([], [], carry.from_rows([]) if carry else None)
+
+
+def _batch_of(first: int, lines: list[bytes], carry: Carried | None) -> Batch:
+    if carry is None and {line[:1] for line in lines} == {b"{"}:
+        # None is blank, so it is known how many rows they are before anybody looks at one.
+        return Batch(range(first, first + len(lines)), lambda: _verdicts(first, lines)[1], None)
+    numbers, rows = _verdicts(first, lines)
+    return Batch(numbers, rows, carry.from_rows(rows) if carry else None)
 
 
 # --- JSON lines --------------------------------------------------------------------------------
@@ -477,25 +492,40 @@ def _groups(file: InputFile) -> Iterator[tuple[Sequence[int], Rows, int]]:
 def _lines(file: InputFile) -> Iterator[tuple[list[bytes], int]]:
     """All lines, as many at a time as make a batch, and their bytes; over-long ones cut."""
     with _mapped_errors(file), _opened(file) as stream:
-        start = stream.readline(_LINE_LIMIT_BYTES)
+        start = stream.read(_PIECE_BYTES)
         _refuse_other_formats(start, file)
-        more = iter(partial(stream.readline, _LINE_LIMIT_BYTES), b"")
-        lines: list[bytes] = []
+        more = iter(partial(stream.read, _PIECE_BYTES), b"")
+        waiting: list[bytes] = []
         size_bytes = 0
-        for line in itertools.chain((start.removeprefix(b"\xef\xbb\xbf"),), more):
-            if len(line) >= _LINE_LIMIT_BYTES and not line.endswith(b"\n"):
-                _skip_line(stream)
-            lines.append(line)
-            size_bytes += len(line)
-            if len(lines) == BATCH_ROWS or size_bytes >= _BATCH_BYTES:
-                yield lines, size_bytes
-                lines, size_bytes = [], 0
-        yield lines, size_bytes
+        for lines in _split(itertools.chain((start.removeprefix(b"\xef\xbb\xbf"),), more)):
+            waiting += lines
+            size_bytes += sum(map(len, lines))
+            while len(waiting) >= BATCH_ROWS or size_bytes >= _BATCH_BYTES:
+                batch = waiting[:BATCH_ROWS]
+                del waiting[:BATCH_ROWS]
+                batch_bytes = sum(map(len, batch))
+                size_bytes -= batch_bytes
+                yield batch, batch_bytes
+        yield waiting, size_bytes
 
 
-def _skip_line(stream: BinaryIO) -> None:
-    while (more := stream.readline(_READ_BYTES)) and not more.endswith(b"\n"):
-        pass
+def _split(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """The lines of a text without their ends; of one over the limit, as much as is over it."""
+    begun: list[bytes] = []
+    begun_bytes = 0
+    for piece in pieces:
+        lines = piece.split(b"\n")
+        rest = lines.pop()
+        if lines:
+            if begun:
+                lines[0] = b"".join((*begun, lines[0]))
+                begun, begun_bytes = [], 0
+            yield lines
+        if rest and begun_bytes < _LINE_LIMIT_BYTES:
+            begun.append(rest)
+            begun_bytes += len(rest)
+    if begun:
+        yield [b"".join(begun)]
 
 
 _decode: Final = msgspec.json.Decoder().decode
@@ -529,7 +559,7 @@ def _row(line: bytes) -> Row | BadRow:
 
 def _checked(line: bytes, value: JSONValue | Decimal | BadRow) -> Row | BadRow:
     """``value`` if it is an object and within the limits."""
-    if len(line) >= _LINE_LIMIT_BYTES and not line.endswith(b"\n"):
+    if len(line) >= _LINE_LIMIT_BYTES:
         return BadRow(f"longer than {_LINE_LIMIT_BYTES >> 20} MB")
     if isinstance(value, dict):
         nested = len(line) > _SHALLOW_BYTES and line.count(b"[") + line.count(b"{")
@@ -552,7 +582,7 @@ _KINDS: Final[Mapping[type, str]] = {
 
 def _decoded_slowly(line: bytes) -> JSONValue | Decimal | BadRow:
     try:
-        text = line.rstrip(b"\r\n").decode()
+        text = line.rstrip(b"\r").decode()
     except UnicodeDecodeError as exc:
         return BadRow(f"not UTF-8 at byte {exc.start + 1}")
     try:
@@ -695,7 +725,8 @@ def _read_table(
         for record in _records(table, read_names):
             lines = range(done + 1, done + 1 + record.num_rows)
             done += record.num_rows
-            yield Batch(lines, record.select(for_rows), carry.from_table(record) if carry else None)
+            rows = partial(_rows_of, record.select(for_rows))
+            yield Batch(lines, rows, carry.from_table(record) if carry else None)
 
 
 def _records(table: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:

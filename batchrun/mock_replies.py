@@ -389,7 +389,9 @@ def retry_after(form: RetryAfterForm, wait_s: float) -> dict[str, str]:
     if form == "seconds":
         return {"Retry-After": str(math.ceil(wait_s))}
     if form == "date":
-        return {"Retry-After": formatdate(math.ceil(time.time() + wait_s), usegmt=True)}
+        now_s = time.time()
+        then = formatdate(math.ceil(now_s + wait_s), usegmt=True)
+        return {"Date": formatdate(now_s, usegmt=True), "Retry-After": then}
     if form == "ms":
         return {"retry-after-ms": str(math.ceil(wait_s * 1000))}
     return {}

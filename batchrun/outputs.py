@@ -37,17 +37,20 @@ from batchrun.types import (
     IN_DOUBT,
     NO_USAGE,
     Answer,
+    Answers,
     ErrorCount,
     Outcome,
     OutcomeKind,
     TokenCounts,
+    Tokens,
     Usage,
 )
 
 FOOTER_KEY = b"batchrun"
 Schema = pa.Schema  # for those who pass one on without a need for pyarrow
 GROUP_ROWS = 20_000
-GROUP_BYTES = 32_000_000
+# A group is in memory thrice while it is written: as arrays, as pages, and compressed.
+GROUP_BYTES = 12_000_000
 PIECE_ROWS = 1_024
 PIECE_BYTES = 4_000_000
 MAX_FOOTER_ERRORS = 50
@@ -163,11 +166,14 @@ class _Rows(NamedTuple):
 
     custom_ids: Sequence[str]
     outcomes: Sequence[Outcome]
-    answers: Sequence[Answer]
+    tokens: Tokens
+    answers: Answers
     messages: Sequence[str]
 
     def one_by_one(self) -> Iterator[_Row]:
-        return map(_Row, *self)
+        columns = zip(*self.answers, strict=True)
+        said = (Answer(a, b, c, NO_USAGE, d, e, f) for a, b, c, d, e, f in columns)
+        return map(_Row, self.custom_ids, self.outcomes, said, self.messages)
 
 
 class _Writer(Protocol):
@@ -361,7 +367,7 @@ def _ends(whole: Slice) -> list[int]:
     outcomes, carried = whole.outcomes, whole.carried
     each = 0 if carried is None or not len(outcomes) else carried.nbytes // len(outcomes)
     sizes = [len(o.body) + each if type(o) is Outcome else each for o in outcomes]
-    if len(outcomes) <= PIECE_ROWS and sum(sizes) < PIECE_BYTES:
+    if len(sizes) <= PIECE_ROWS and sum(sizes) < PIECE_BYTES:
         return [len(outcomes)]
     ends: list[int] = []
     start = size = 0
@@ -375,40 +381,51 @@ def _ends(whole: Slice) -> list[int]:
 
 def _told(piece: Slice, tally: OutputTally) -> tuple[_Rows, pa.RecordBatch | None]:
     """Tell the tally about every row; return those that are published, with what they carry."""
-    outcomes: list[Outcome] = []
-    said: list[Answer] = []
-    special: list[_Row] = []
-    at_special: list[int] = []
-    pending: list[int] = []
-    custom_ids, add, read = piece.custom_ids, tally.add, answers.columns
-    for at, (custom_id, outcome) in enumerate(zip(custom_ids, piece.outcomes, strict=True)):
-        if type(outcome) is Outcome and outcome.kind == "ok":
-            answer = read(outcome.body)
-            add(outcome, None, answer, custom_id, "")
-        elif outcome is None:
-            add(None, None, None, custom_id, "")
-            pending.append(at)
-            continue
-        else:
-            row = _failed(custom_id, outcome, piece.sources[at], tally)
-            at_special.append(len(outcomes))
-            special.append(row)
-            outcome, answer = row.outcome, row.answer
-        outcomes.append(outcome)
-        said.append(answer)
-    carried = piece.carried
-    if pending:
-        left_out = set(pending)
-        stay = [at for at in range(len(piece.outcomes)) if at not in left_out]
-        custom_ids = [custom_ids[at] for at in stay]
+    kept = [at for at, outcome in enumerate(piece.outcomes) if outcome is not None]
+    custom_ids, carried = piece.custom_ids, piece.carried
+    for _ in range(len(piece.outcomes) - len(kept)):
+        tally.add(None, None, None, "", "")
+    if len(kept) < len(piece.outcomes):
+        custom_ids = [custom_ids[at] for at in kept]
         # Typed, for a piece without any answer: an empty list alone would be of type null.
-        carried = None if carried is None else carried.take(pa.array(stay, pa.int64()))
-    messages = [""] * len(outcomes)
-    if special:
+        carried = None if carried is None else carried.take(pa.array(kept, pa.int64()))
+    found = [piece.outcomes[at] for at in kept]
+    ok = [at for at, each in enumerate(found) if type(each) is Outcome and each.kind == "ok"]
+    messages = [""] * len(found)
+    if len(ok) < len(found):
+        tally.note_models([each.model for each in found if type(each) is Outcome])
         custom_ids = list(custom_ids)
-        for at, row in zip(at_special, special, strict=True):
-            custom_ids[at], messages[at] = row.custom_id, row.message
-    return _Rows(custom_ids, outcomes, said, messages), carried
+        for at in sorted(set(range(len(found))) - set(ok)):
+            failed = cast("Outcome | InvalidRow", found[at])
+            row = _failed(custom_ids[at], failed, piece.sources[kept[at]], tally)
+            custom_ids[at], found[at], messages[at] = row.custom_id, row.outcome, row.message
+    rows = _rows(custom_ids, cast("list[Outcome]", found), messages)
+    _tell_ok(rows, ok, tally)
+    return rows, carried
+
+
+def _rows(custom_ids: Sequence[str], outcomes: Sequence[Outcome], messages: Sequence[str]) -> _Rows:
+    usages = [outcome.usage for outcome in outcomes]
+    tokens = Tokens(
+        [usage.prompt_tokens for usage in usages],
+        [usage.completion_tokens for usage in usages],
+        [usage.total_tokens for usage in usages],
+        [usage.cached_tokens for usage in usages],
+        [usage.reasoning_tokens for usage in usages],
+    )
+    bodies = [o.body if o.kind == "ok" else answers.NOTHING for o in outcomes]
+    return _Rows(custom_ids, outcomes, tokens, answers.columns(bodies), messages)
+
+
+def _tell_ok(rows: _Rows, ok: list[int], tally: OutputTally) -> None:
+    outcomes, tokens, said = rows.outcomes, rows.tokens, rows.answers
+    if len(ok) < len(outcomes):
+        outcomes = [outcomes[at] for at in ok]
+        tokens = Tokens(*([column[at] for at in ok] for column in tokens))
+        # One type a column, which a loop over them cannot say.
+        said = Answers(*cast("Any", ([column[at] for at in ok] for column in said)))
+    models, occurrences = [o.model for o in outcomes], [o.occurrence for o in outcomes]
+    tally.add_ok(models, occurrences, tokens, said)
 
 
 def _failed(custom_id: str, outcome: Outcome | InvalidRow, source: str, tally: OutputTally) -> _Row:
@@ -494,22 +511,17 @@ class _ParquetWriter:
 
 def _columns(rows: _Rows) -> list[Sequence[object]]:
     """The values in the order of ANSWER_COLUMNS, but for the last: the body."""
-    outcomes, said = rows.outcomes, rows.answers
-    usages = [o.usage for o in outcomes]
+    outcomes, tokens, said = rows.outcomes, rows.tokens, rows.answers
     return [
         rows.custom_ids,
         ["ok" if o.kind == "ok" else "error" for o in outcomes],
-        [answer.response for answer in said],
-        [answer.finish_reason for answer in said],
+        said.responses,
+        said.finish_reasons,
         [o.model or None for o in outcomes],
-        [answer.response_model for answer in said],
-        [usage.prompt_tokens for usage in usages],
-        [usage.completion_tokens for usage in usages],
-        [usage.total_tokens for usage in usages],
-        [usage.cached_tokens for usage in usages],
-        [usage.reasoning_tokens for usage in usages],
-        [answer.reasoning for answer in said],
-        [answer.tool_calls for answer in said],
+        said.response_models,
+        *tokens,
+        said.reasonings,
+        said.tool_calls,
         *_error_columns(rows),
         [o.http_status for o in outcomes],
         [o.attempts for o in outcomes],
@@ -522,16 +534,23 @@ def _columns(rows: _Rows) -> list[Sequence[object]]:
     ]
 
 
-def _error_columns(rows: _Rows) -> Iterator[Sequence[object]]:
+def _error_columns(rows: _Rows) -> Iterable[Sequence[object]]:
     """Kind, code and message; null where a row is ok."""
     failed = [None if o.kind == "ok" else o for o in rows.outcomes]
-    yield [o and (INVALID_INPUT if o is _NOT_SENT else o.kind) for o in failed]
-    yield [o and (o.code or None) for o in failed]
-    yield [o and (text or None) for o, text in zip(failed, rows.messages, strict=True)]
+    if failed.count(None) == len(failed):
+        return failed, failed, failed
+    return (
+        [o and (INVALID_INPUT if o is _NOT_SENT else o.kind) for o in failed],
+        [o and (o.code or None) for o in failed],
+        [o and (text or None) for o, text in zip(failed, rows.messages, strict=True)],
+    )
 
 
 def _array(values: Sequence[object], kind: pa.DataType) -> pa.Array:
+    first = values[0]
     try:
+        if values.count(first) == len(values):  # most columns are of one value, or of none
+            return pa.repeat(pa.scalar(first, kind), len(values))
         return pa.array(values, kind)
     except UnicodeEncodeError:
         return pa.array([_clean(v) if isinstance(v, str) else v for v in values], kind)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-from msgspec import Struct
 
 from batchrun import inputs, prompts
 from batchrun.config import RunConfig
@@ -22,7 +21,7 @@ from batchrun.errors import StoppedEarly
 from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, Row, Rows
 from batchrun.journal import Held, Journal, Survey
 from batchrun.outputs import InvalidRow, Slice
-from batchrun.prompts import Body, Builder, Invalid, Layout, PromptSettings
+from batchrun.prompts import Builder, Built, Identity, Invalid, Layout, PromptSettings
 from batchrun.types import IN_DOUBT, NO_USAGE, Outcome, Request
 
 # The slot of a row that cannot become a request.
@@ -138,25 +137,25 @@ def _claim(
     plan: Plan, source: Source, rows: Rows, journal: Journal, config: RunConfig
 ) -> Sequence[int]:
     """The slots of a batch's rows, all counted."""
-    builder = source.builder
-    found = [identified(builder, row) for row in rows]
-    valid = [each for each in found if type(each) is Identified]
+    identify = source.builder.identify
+    found = [Invalid(row.reason) if isinstance(row, BadRow) else identify(row) for row in rows]
+    valid = [each for each in found if type(each) is Identity]
     claimed = journal.claim_all([each.hash for each in valid])
     _count(plan.counts, journal.survey(claimed), config)
     plan.counts.total += len(rows)
     plan.counts.invalid += len(rows) - len(valid)
     source.rows += len(rows)
     source.invalid += len(rows) - len(valid)
-    if config.model_replaces or config.params_replacing:
+    if _may_replace(source.layout, config):
         for each, row in zip(found, rows, strict=True):
-            if type(each) is Identified:
+            if type(each) is Identity:
                 _count_replaced(plan.counts, source.layout, row, config)
     if len(plan.models) < 2:
         plan.models |= {each.model for each in valid}
     if len(valid) == len(rows):
         return claimed
     slots = iter(claimed)
-    return [next(slots) if type(each) is Identified else INVALID for each in found]
+    return [next(slots) if type(each) is Identity else INVALID for each in found]
 
 
 def _count(counts: Counts, survey: Survey, config: RunConfig) -> None:
@@ -168,26 +167,14 @@ def _count(counts: Counts, survey: Survey, config: RunConfig) -> None:
     counts.repeats += survey.repeats
 
 
-class Identified(Struct, gc=False):
-    """A row's request and its identity."""
-
-    body: Body
-    hash: bytes
-    model: str
-    model_from_row: bool
+def identified(builder: Builder, row: Row | BadRow) -> Built | Invalid:
+    return Invalid(row.reason) if isinstance(row, BadRow) else builder.build(row)
 
 
-def identified(builder: Builder, row: Row | BadRow) -> Identified | Invalid:
-    if isinstance(row, BadRow):
-        return Invalid(row.reason, None)
-    built = builder.build(row)
-    if isinstance(built, Invalid):
-        return built
-    try:
-        digest = prompts.request_hash(built.body)
-    except ValueError as exc:
-        return Invalid(str(exc), built.custom_id)
-    return Identified(built.body, digest, built.model, built.model_from_row)
+def _may_replace(layout: Layout, config: RunConfig) -> bool:
+    """Whether the command line can say otherwise than a row does; a prompt alone says nothing."""
+    says_more = layout.shape != "prompt" or "model" in layout.sent
+    return says_more and bool(config.model_replaces or config.params_replacing)
 
 
 def _count_replaced(counts: Counts, layout: Layout, row: Row | BadRow, config: RunConfig) -> None:
@@ -257,9 +244,9 @@ def _unanswered(journal: Journal, slot: int) -> Outcome:
     )
 
 
-def is_to_send(held: Held, config: RunConfig) -> bool:
+def to_send(config: RunConfig) -> Collection[Held]:
     """Failures that pass are tried by every rerun, final ones only by --retry-failed."""
-    return held in (Held.NEW, Held.PASSING) or (held is Held.REJECTED and config.retry_failed)
+    return {Held.NEW, Held.PASSING, *([Held.REJECTED] if config.retry_failed else [])}
 
 
 def requests(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[list[Request]]:
@@ -282,15 +269,12 @@ def requests(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[list[R
 
 def _pending(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[Request]:
     row_number = 0
-    slots = plan.slots
+    held = to_send(config)
     for source, batch in batches(plan.sources, config.limit):
-        first, row_number = row_number, row_number + len(batch.lines)
-        wanted = [
-            (index, slot)
-            for index, slot in enumerate(slots[first:row_number])
-            if slot != INVALID and is_to_send(journal.held(slot), config)
-        ]
-        for index, slot in wanted:
+        first, row_number = row_number, row_number + len(batch)
+        slots = plan.slots[first:row_number]
+        for index in _places(slots, held, journal):
+            slot = slots[index]
             row = first + index
             built = identified(source.builder, batch.rows[index])
             if isinstance(built, Invalid) or built.hash != journal.hash(slot):
@@ -307,6 +291,13 @@ def _pending(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[Reques
                 # --retry-failed is the user's word that the risk is taken anew.
                 in_doubt=0 if again else journal.in_doubt(slot),
             )
+
+
+def _places(slots: Sequence[int], held: Collection[Held], journal: Journal) -> Sequence[int]:
+    if INVALID not in slots:
+        return journal.places(slots, held)
+    valid = [index for index, slot in enumerate(slots) if slot != INVALID]
+    return [valid[at] for at in journal.places([slots[index] for index in valid], held)]
 
 
 def slices(

@@ -342,7 +342,9 @@ class Pool:
             self._desk.settled(request, attempt, ended, verdict.tries)
             return
         self._desk.failed(request, decision, again=True)
-        self._parked[request.row] = self._loop.call_later(verdict.wait_s, self._unpark, request)
+        self._parked[request.row] = self._loop.call_later(
+            verdict.wait_s, self._guarded, self._unpark, request
+        )
 
     def _unpark(self, request: Request) -> None:
         del self._parked[request.row]
@@ -410,7 +412,7 @@ class Pool:
         if (timer := self._line_timers.get(model)) is not None:
             timer.cancel()
         self._line_due[model] = now + wait_s
-        self._line_timers[model] = self._loop.call_later(wait_s, self.staff)
+        self._line_timers[model] = self._loop.call_later(wait_s, self._guarded, self.staff)
 
     async def _rest(self) -> bool:
         """Sleep until there may be work; False when there will be none."""
@@ -434,6 +436,14 @@ class Pool:
             if work_left or self._parked or self._ready or self._lines:
                 return
         self._finished.set()
+
+    def _guarded(self, act: Callable[..., None], *args: Request) -> None:
+        """Run a timer's callback: the loop would log a bug in it, and the run wait for ever."""
+        try:
+            act(*args)
+        except Exception as exc:  # raised again by ``run``
+            self._bug = exc
+            self.stop(BatchrunError("a bug"), drain_s=0.0)
 
     def _cut(self) -> None:
         for task in list(self._busy):

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import os
 import resource
+import select
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import BinaryIO, cast
+
+from batchrun.errors import UsageError
 
 # timeout(1) and some shells signal the process and then its whole group: that is one wish.
 ECHO_S = 0.3
 # Files besides the sockets: journal, inputs, the event loop's own.
 SPARE_FILES = 64
+# How soon a signal is noticed while stdin brings nothing.
+LOOK_S = 0.1
 # The collector would look through every live object again and again; a run makes no cycles.
 GC_THRESHOLD = 200_000
 
@@ -49,6 +57,36 @@ def signals(ask_to_stop: Callable[[int], None]) -> Iterator[None]:
     finally:
         for signum in caught:
             loop.remove_signal_handler(signum)
+
+
+def stdin(check: Callable[[], None]) -> BinaryIO:
+    """Standard input, whose reads end with whatever ``check`` raises, also while nothing comes."""
+    if sys.stdin is None:
+        raise UsageError("-: standard input is closed")
+    try:
+        fd = sys.stdin.fileno()
+    except (OSError, ValueError):  # somebody replaced it by something in memory
+        return sys.stdin.buffer
+    return cast("BinaryIO", io.BufferedReader(_Watched(fd, check)))
+
+
+class _Watched(io.RawIOBase):
+    """A file descriptor that is read only when there is something to read."""
+
+    def __init__(self, fd: int, check: Callable[[], None]) -> None:
+        self._fd = fd
+        self._check = check
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # of all buffers, this is ours
+        self._check()
+        while not select.select([self._fd], [], [], LOOK_S)[0]:
+            self._check()
+        piece = os.read(self._fd, len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
 def room_for_sockets(wanted: int) -> int:

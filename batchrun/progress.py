@@ -7,17 +7,20 @@ the bar is kept only in its latest form, and when the writer falls far behind th
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
 from msgspec import Struct
+
+from batchrun.types import Bound
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -30,6 +33,8 @@ RATE_WINDOW_S = 30.0
 RATE_SAMPLE_S = 1.0
 # Shorter waits are ordinary pacing: to show them would make the bar flicker.
 SHOWN_WAIT_S = 1.0
+# Longer without any row settled, and what the run waits for is worth more than its speed.
+STALL_S = 30.0
 MAX_LINES_BEHIND = 1_000
 # A terminal that takes nothing for this long must not keep a finished run from ending.
 FAREWELL_S = 2.0
@@ -45,6 +50,9 @@ class Snapshot(Struct, frozen=True):
     in_flight: int = 0
     tokens: int = 0  # reported so far in this run
     waiting: tuple[float, str] | None = None  # seconds, "Retry-After from api.mistral.ai"
+    longest_s: float | None = None  # the age of the oldest request in flight
+    resting: int = 0  # rows that failed or were held back and wait for their turn
+    bound_by: Bound | None = None  # what holds the next request back
 
 
 class Progress:
@@ -75,6 +83,8 @@ class Progress:
         self._speed = Speed()
         self._started_s = clock()
         self._next_line_s = 0.0
+        self._timeout_s = math.inf
+        self._moved = (0, 0.0)  # rows done, and when there were so many first
 
     def print_block(self, block: str, lines: Iterable[str] = ()) -> None:
         """Print ``block`` on a terminal; elsewhere, and in the log file, ``lines`` with a time."""
@@ -98,9 +108,14 @@ class Progress:
         """Write a line to the log file only."""
         self._writer.ask(_Lines([], [self._stamped(text)]))
 
-    def begin(self, total: int, done: int = 0) -> None:
-        """Start the clock of the bar: ``done`` of ``total`` rows need no work."""
+    def begin(self, total: int, done: int = 0, *, timeout_s: float = math.inf) -> None:
+        """Start the clock of the bar: ``done`` of ``total`` rows need no work.
+
+        ``timeout_s`` is what bounds the wait for an answer; a stall names it.
+        """
         self._started_s = self._clock()
+        self._timeout_s = timeout_s
+        self._moved = (done, self._started_s)
         self._next_line_s = self._started_s + MINUTE_S
         self._speed = Speed()
         self._speed.sample(self._started_s, done, 0)
@@ -111,13 +126,17 @@ class Progress:
         """Show where the run stands; cheap enough for five times a second."""
         now_s = self._clock()
         self._speed.sample(now_s, snapshot.done, snapshot.tokens)
+        if snapshot.done != self._moved[0]:
+            self._moved = (snapshot.done, now_s)
+        is_stalled = now_s - self._moved[1] >= STALL_S
+        stall = stall_words(snapshot, self._timeout_s) if is_stalled else ()
         if self.is_tty:
             elapsed_s = now_s - self._started_s
-            tail = bar_tail(snapshot, self._speed, elapsed_s, self._width)
+            tail = bar_tail(snapshot, self._speed, elapsed_s, self._width, stall)
             self._writer.move_bar(snapshot.done, tail)
         if now_s >= self._next_line_s:
             self._next_line_s = now_s + MINUTE_S
-            line = self._stamped(minute_line(snapshot, self._speed))
+            line = self._stamped(minute_line(snapshot, self._speed, stall))
             self._writer.ask(_Lines([] if self.is_tty else [line], [line]))
 
     def end(self) -> None:
@@ -167,12 +186,40 @@ class Speed:
         return rows / rate if rate > 0 else None
 
 
-def bar_tail(snapshot: Snapshot, speed: Speed, elapsed_s: float, width: int = WIDTH) -> str:
+def stall_words(snapshot: Snapshot, timeout_s: float) -> Sequence[str]:
+    """What a run in which nothing settles waits for, the fullest wording first."""
+    if snapshot.in_flight and snapshot.longest_s is not None:
+        answers = f"{snapshot.in_flight:,} answer{'s' if snapshot.in_flight > 1 else ''}"
+        age = _compact(snapshot.longest_s)
+        most = _compact(timeout_s) if math.isfinite(timeout_s) else "none"
+        return (
+            f"waits for {answers}, the longest for {age} (timeout {most})",
+            f"waits for {answers}, the longest for {age}",
+            f"waits for {answers} ({age} of {most})",
+            f"waits for {answers}",
+        )
+    if snapshot.bound_by == "quota":
+        return ("waits for the quota",)
+    if snapshot.resting:
+        rows = f"{snapshot.resting:,} row{'s' if snapshot.resting > 1 else ''}"
+        return (f"waits to send {rows} again",)
+    return ("waits for the input",)
+
+
+def bar_tail(
+    snapshot: Snapshot,
+    speed: Speed,
+    elapsed_s: float,
+    width: int = WIDTH,
+    stall: Sequence[str] = (),
+) -> str:
     """What stands right of the bar: as many facts as fit, the most important kept longest."""
     count = f"{snapshot.done:,}/{snapshot.total:,}"
     room = width - len(" 63% |######    | ")
     if (waiting := _waiting(snapshot)) is not None:
         return _fitted(f"{count} {waiting}", room)
+    if stall:
+        return _fitted(_first_that_fits((f"{count} {words}" for words in stall), room), room)
     remaining_s = speed.remaining_s(snapshot.total - snapshot.done)
     parts = [
         (0, count),
@@ -187,14 +234,16 @@ def bar_tail(snapshot: Snapshot, speed: Speed, elapsed_s: float, width: int = WI
     return " ".join(text for _, text in parts)
 
 
-def minute_line(snapshot: Snapshot, speed: Speed) -> str:
+def minute_line(snapshot: Snapshot, speed: Speed, stall: Sequence[str] = ()) -> str:
     """The line of a log, without its time."""
     count = f"{snapshot.done:,}/{snapshot.total:,}"
     failed = f"{snapshot.failed:,} failed"
     if (waiting := _waiting(snapshot)) is not None:
-        line = f"{count} {waiting}, {failed}"
-        short = f"{count} {waiting.partition(' from ')[0]}, {failed}"
-        return line if len(line) <= WIDTH - len("2026-11-21T02:00:00+01:00 ") else short
+        stall = (waiting, waiting.partition(" from ")[0])
+    if stall:
+        room = WIDTH - len("2026-11-21T02:00:00+01:00 ")
+        lines = [f"{count} {words}, {failed}" for words in stall[:3]]
+        return _first_that_fits([*lines, *(f"{count} {words}" for words in stall)], room)
     remaining_s = speed.remaining_s(snapshot.total - snapshot.done)
     eta = "" if remaining_s is None else f" ETA {_compact(remaining_s)}"
     rates = f"{_rate(speed.rows_per_s)} rows/s {_short(speed.tokens_per_s)} tok/s"
@@ -206,6 +255,15 @@ def _waiting(snapshot: Snapshot) -> str | None:
         return None
     seconds, reason = snapshot.waiting
     return f"waiting {seconds:.0f} s: {reason}"
+
+
+def _first_that_fits(texts: Iterable[str], room: int) -> str:
+    """The first that fits, else the last."""
+    text = ""
+    for text in texts:
+        if len(text) <= room:
+            break
+    return text
 
 
 def _fitted(text: str, room: int) -> str:
@@ -237,7 +295,9 @@ def _compact(seconds: float) -> str:
     hours, minute = divmod(minutes, 60)
     if hours:
         return f"{hours}h{minute:02}m"
-    return f"{minute}m{second:02}s" if minute else f"{second}s"
+    if minute:
+        return f"{minute}m{second:02}s" if second else f"{minute}m"
+    return f"{second}s"
 
 
 class _Lines(NamedTuple):
@@ -282,6 +342,8 @@ class _Writer:
 
     def close(self) -> None:
         with self._wake:
+            if self._closing:
+                return
             self._closing = True
             self._wake.notify()
         if self._thread is not None:

@@ -90,20 +90,29 @@ class Layout(Struct, frozen=True):
 
 
 class Built(Struct, gc=False):
-    """A row's body, not yet encoded. ``model`` is ``""`` when nothing names one."""
+    """A row's request: its body, not yet encoded, and which request that is."""
 
     body: Body
-    model: str
+    hash: bytes
+    model: str  # "" when nothing names one
     model_from_row: bool
-    model_replaced: bool
-    custom_id: str | None
+
+
+class Identity(Struct, gc=False):
+    """Which request a row is."""
+
+    hash: bytes
+    model: str
 
 
 class Invalid(Struct, gc=False):
     """A row that cannot become a request, and why, in words for a person."""
 
     reason: str
-    custom_id: str | None
+
+
+# A body as it will be sent, its model, and whether the row named that model.
+_Settled: TypeAlias = tuple[Body, str, bool]
 
 
 class _Unusable(ValueError):
@@ -260,32 +269,62 @@ class Builder:
         self._fill = [(k, v) for k, v in settings.params.items() if k not in replacing]
         self._stream = settings.stream
         self._stream_usage = settings.stream_usage
-        self._system: JSONValue = None
+        self._before: list[JSONValue] = []
         if settings.system is not None:
-            self._system = {"role": "system", "content": settings.system}
+            self._before.append({"role": "system", "content": settings.system})
         makers: dict[Shape, Callable[[Row], Body]] = {
             "batch": self._from_batch_line,
             "messages": self._from_messages,
             "prompt": self._from_prompt,
             "body": self._from_whole_row,
         }
-        self._make = makers[layout.shape]
+        self._around: _Around | None = None
+        make = makers[layout.shape]
+        self._make: Callable[[Row], _Settled] = lambda row: self._settled(make(row))
+        if layout.shape == "prompt" and not self._more and "messages" not in settings.params:
+            self._pattern = self._settled({"messages": [{"role": "user", "content": _MARK}]})
+            self._make = self._from_pattern
+            self._around = _Around.of(self._pattern)
 
     def build(self, row: Row) -> Built | Invalid:
-        """The body of one row. `encode` and `request_hash` may still refuse what it holds."""
+        """The request of one row, or what is wrong with the row."""
         try:
-            body = self._make(row)
-            named = _model_of(body)
-        except _Unusable as exc:
-            return Invalid(str(exc), custom_id(row))
+            body, model, from_row = self._make(row)
+            return Built(body, request_hash(body), model, from_row)
+        except ValueError as exc:
+            return Invalid(str(exc))
+
+    def identify(self, row: Row) -> Identity | Invalid:
+        """What ``build`` says of a row except for its body, in less time."""
+        around = self._around
+        if around is not None and isinstance(text := row.get(self._prompt_column), str):
+            with_text = around.before.copy()
+            try:
+                with_text.update(_encode_text(text) + around.after)
+                return Identity(with_text.digest(), around.model)
+            except UnicodeEncodeError:
+                pass  # for ``build`` to say
+        built = self.build(row)
+        return built if isinstance(built, Invalid) else Identity(built.hash, built.model)
+
+    def _from_pattern(self, row: Row) -> _Settled:
+        """A prompt alone: only its text differs from row to row, so the rest is made once."""
+        text = row.get(self._prompt_column)
+        if not isinstance(text, str):
+            raise _wrong(row, self._prompt_column, "text")
+        body, model, from_row = self._pattern
+        body = {**body, "messages": [*self._before, {"role": "user", "content": text}]}
+        return body, model, from_row
+
+    def _settled(self, body: Body) -> _Settled:
+        """The body with what the user asks of every row."""
+        named = _model_of(body)
         from_row = named is not None
-        replaced = False
         if self._model is not None and (named is None or self._model_replaces):
-            replaced = from_row and named != self._model
             from_row = False
             named = self._model
             body = {**body, "model": named} if "model" in body else {"model": named, **body}
-        if self._system is not None:
+        if self._before:
             self._fill_in_system(body)
         if self._replace:
             body.update(self._replace)
@@ -296,8 +335,7 @@ class Builder:
         if self._stream:
             self._ask_for_stream(body)
         model = body.get("model")
-        model = model if isinstance(model, str) else ""
-        return Built(body, model, from_row, replaced, custom_id(row))
+        return body, model if isinstance(model, str) else "", from_row
 
     def _from_prompt(self, row: Row) -> Body:
         text = row.get(self._prompt_column)
@@ -351,7 +389,7 @@ class Builder:
         for message in messages:
             if isinstance(message, dict) and message.get("role") in _SYSTEM_ROLES:
                 return
-        body["messages"] = [self._system, *messages]
+        body["messages"] = [*self._before, *messages]
 
     def _ask_for_stream(self, body: Body) -> None:
         body["stream"] = True
@@ -359,6 +397,32 @@ class Builder:
             options = body.get("stream_options")
             own = options if isinstance(options, dict) else {}
             body["stream_options"] = {"include_usage": True, **own}
+
+
+# Stands for the text in a pattern; no parameter can hold it by chance.
+_MARK: Final = "\x00the text of the prompt\x00"
+
+
+class _Around(NamedTuple):
+    """The canonical body of a prompt around its text, which is all that differs between rows."""
+
+    before: blake2b  # what is hashed before the text
+    after: bytes
+    model: str
+
+    @classmethod
+    def of(cls, pattern: _Settled) -> _Around | None:
+        """None for a pattern that cannot be sent, or has the mark twice."""
+        body, model, _ = pattern
+        try:
+            parts = _canonical(body).split(_encode_text(_MARK))
+        except ValueError:
+            return None
+        if len(parts) != 2:
+            return None
+        before = _HASHED_PATH.copy()
+        before.update(parts[0])
+        return cls(before, parts[1], model)
 
 
 def custom_id(row: Row) -> str | None:
@@ -466,6 +530,7 @@ def _is_object(value: JSONValue) -> bool:
 
 # Decimals stand for numbers a double cannot hold (1e400); they are sent as they were written.
 _ENCODER: Final = msgspec.json.Encoder(decimal_format="number")
+_encode_text: Final[Callable[[str], bytes]] = _ENCODER.encode
 _CANONICAL: Final = msgspec.json.Encoder(order="sorted", decimal_format="number")
 _HASHED_PATH: Final = blake2b(API_PATH.encode() + b"\n", digest_size=16)
 
@@ -474,7 +539,7 @@ def encode(body: Body) -> bytes:
     """Compact UTF-8 JSON, members in the order they have.
 
     ValueError, with a reason for people, for what JSON or UTF-8 cannot hold: NaN, infinities,
-    lone surrogates, nesting without end.
+    lone surrogates, nesting without end; never for a body that was ``Built``.
     """
     return _encoded(body, _ENCODER)
 
@@ -486,11 +551,15 @@ def request_hash(body: Body) -> bytes:
     ``stream`` and ``stream_options``, which change how an answer travels and not what it says.
     ValueError as for `encode`.
     """
+    digest = _HASHED_PATH.copy()
+    digest.update(_canonical(body))
+    return digest.digest()
+
+
+def _canonical(body: Body) -> bytes:
     if "stream" in body or "stream_options" in body:
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
-    digest = _HASHED_PATH.copy()
-    digest.update(_encoded(body, _CANONICAL))
-    return digest.digest()
+    return _encoded(body, _CANONICAL)
 
 
 def format_hash(digest: bytes) -> str:

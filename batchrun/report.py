@@ -149,6 +149,10 @@ class CollectFacts(Struct, frozen=True, kw_only=True):
     tokens: TokenCounts | None = None
     command: str | None = None  # continues the run
 
+    @property
+    def exit_code(self) -> int:
+        return errors.EXIT_OK
+
 
 class FinalFacts(Struct, frozen=True, kw_only=True):
     """What the final block says beyond the summary."""
@@ -748,7 +752,7 @@ def collect_block(facts: CollectFacts) -> str:
 
 
 def to_json(value: Struct) -> bytes:
-    """One object on one line; a status or validation carries its exit code as a member too."""
+    """One object on one line; what a command found carries its exit code as a member too."""
     members = msgspec.to_builtins(value)
     exit_code = getattr(value, "exit_code", None)
     if isinstance(exit_code, int) and "exit_code" not in members:

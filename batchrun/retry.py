@@ -195,6 +195,9 @@ _FAILED: Final[Mapping[Failure, Callable[[Attempt], Decision]]] = {
     "bad_encoding": _passing(
         "bad_encoding", "the body of the answer cannot be decompressed", kind="invalid_response"
     ),
+    "not_utf8": lambda attempt: _unusable(
+        "not_utf8", f"answered {attempt.status} with text that is not UTF-8"
+    ),
 }
 
 
@@ -584,7 +587,7 @@ def _header_wait(headers: Mapping[str, str], now_ms: int) -> float | None:
     milliseconds = _number(headers.get("retry-after-ms", ""))
     if milliseconds is not None and milliseconds > 0:
         return milliseconds / 1000
-    return _wait_until(headers.get("retry-after", ""), now_ms)
+    return _wait_until(headers.get("retry-after", ""), headers, now_ms)
 
 
 def _hinted_wait(message: str) -> float | None:
@@ -599,7 +602,7 @@ def _reset_wait(headers: Mapping[str, str], now_ms: int) -> float | None:
         for name in headers
         if _is_reset(name.lower())
         and _is_used_up(headers.get(name.lower().replace("reset", "remaining"), ""))
-        and (wait_s := _wait_until(headers[name], now_ms)) is not None
+        and (wait_s := _wait_until(headers[name], headers, now_ms)) is not None
     ]
     return max(waits, default=None)
 
@@ -612,16 +615,24 @@ def _is_used_up(remaining: str) -> bool:
     return not remaining.strip() or _number(remaining) == 0
 
 
-def _wait_until(text: str, now_ms: int) -> float | None:
-    """Seconds from ``now_ms`` to what ``text`` says: seconds, an epoch, a duration or a date."""
+def _wait_until(text: str, headers: Mapping[str, str], now_ms: int) -> float | None:
+    """Seconds until what ``text`` says: seconds, an epoch, a duration or a date.
+
+    Instants are the endpoint's, so they are measured by its ``Date`` where it sends one: our own
+    clock (``now_ms``) may be wrong, and may jump.
+    """
     text = text.strip()
     number = _number(text)
-    if number is None:
-        return _positive(_duration(text) or _until_date(text, now_ms))
+    if number is not None and number <= _EPOCH_S:
+        return _positive(number)
+    if number is None and (duration_s := _duration(text)):
+        return _positive(duration_s)
     # A bare number this large is an instant (OpenRouter: in milliseconds), not a duration.
-    if number > _EPOCH_MS:
-        return _positive((number - now_ms) / 1000)
-    return _positive(number - now_ms / 1000 if number > _EPOCH_S else number)
+    then_s = _date(text) if number is None else number / 1000 if number > _EPOCH_MS else number
+    if then_s is None:
+        return None
+    now_s = _date(headers.get("date", ""))
+    return _positive(then_s - (now_ms / 1000 if now_s is None else now_s))
 
 
 def _number(text: str) -> float | None:
@@ -644,12 +655,13 @@ def _unit(name: str) -> float:
     return _UNITS["ms"] if name.startswith(("mil", "mse")) else _UNITS[name[0]]
 
 
-def _until_date(text: str, now_ms: int) -> float | None:
+def _date(text: str) -> float | None:
+    """The Unix seconds of a date; None for what is none."""
     try:
         date = datetime.fromisoformat(text) if text[:4].isdigit() else parsedate_to_datetime(text)
         if date.tzinfo is None:
             date = date.replace(tzinfo=UTC)
-        return date.timestamp() - now_ms / 1000
+        return date.timestamp()
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
 

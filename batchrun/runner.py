@@ -50,7 +50,9 @@ from batchrun.errors import (
     UsageError,
 )
 from batchrun.inputs import Resolved
-from batchrun.journal import Header, Held, Journal, Recovery, Status
+from batchrun.journal import Header, Held, Journal, Recovery
+from batchrun.lock import Lock, Status, write_status
+from batchrun.lock import lock as lock_state
 from batchrun.mock_server import Knobs, MockServer
 from batchrun.outputs import Footer
 from batchrun.plan import Source
@@ -94,11 +96,10 @@ async def run(
             stack.enter_context(process.signals(stop.on_signal))
         _check_output(config)
         state = stack.enter_context(_state_dir(config))
-        waiting = journal.lock(state, config.if_locked, cancelled=stop.requested)
         if config.deadline_s is not None:
             stack.enter_context(stop.at_deadline(config.deadline_s))
         try:
-            lock = await asyncio.to_thread(stack.enter_context, waiting)
+            lock = await _locked(config, state, stop, talk, stack)
         except Locked:
             stop.check()
             raise
@@ -146,10 +147,10 @@ class Stop:
     def now(self, cause: BatchrunError) -> None:
         self.cause = cause
         self.requested.set()
-        if self._pool is not None and self._pool.in_flight:
+        if self._pool is not None and (number := self._pool.in_flight):
+            coming = "1 answer is on its" if number == 1 else f"{number:,} answers are on their"
             self._talk.note(
-                f"{self._pool.in_flight:,} answers are on their way, waiting up to"
-                f" {self._config.drain_s:g} s (Ctrl-C: stop now)",
+                f"{coming} way, waiting up to {self._config.drain_s:g} s (Ctrl-C: stop now)",
                 label="stopping",
             )
         if self._pool is not None:
@@ -172,7 +173,7 @@ class _Run:
     talk: Progress
     stop: Stop
     state: Path
-    lock: journal.Lock
+    lock: Lock
     rows: inputs.RowsOrTable | None = None
 
     def __post_init__(self) -> None:
@@ -256,7 +257,7 @@ class _Run:
         config = self.config
         spool = None
         if STDIN in config.inputs:
-            source = sys.stdin.buffer if self.rows is None else self.rows
+            source = process.stdin(self.stop.check) if self.rows is None else self.rows
             spool = inputs.spool(source, self.state)
         output = None if config.to_stdout else Path(config.output)
         return inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
@@ -381,7 +382,7 @@ class _Run:
         facts = self._start_facts(files)
         self.talk.print_block(report.start_block(facts), report.start_lines(facts))
         done = self.plan.counts.total - self.plan.counts.to_send
-        self.talk.begin(self.plan.counts.total, done)
+        self.talk.begin(self.plan.counts.total, done, timeout_s=self.config.timeout_s)
 
     async def _deliver(self) -> Delivered:
         config, counts = self.config, self.plan.counts
@@ -389,7 +390,7 @@ class _Run:
         self.before = Totals(counts.total, counts.held_ok, counts.held_failed + counts.invalid)
         self.sending_since_s = time.monotonic()
         # What an earlier run left here must not speak for this one.
-        journal.write_status(self.state, self._status(self.before.ok, self.before.failed))
+        write_status(self.state, self._status(self.before.ok, self.before.failed))
         with process.patient_collector():
             async with chat_endpoint(config) as (endpoint, host):
                 delivered = await delivery.deliver(
@@ -464,7 +465,8 @@ class _Run:
         )
         if self.plan.carried.surrogates:
             count = self.plan.carried.surrogates
-            self._note(f"{count:,} lone surrogates in carried columns became U+FFFD")
+            what = "a lone surrogate" if count == 1 else f"{count:,} lone surrogates"
+            self._note(f"{what} in carried columns became U+FFFD")
         return footer
 
     # How it ends
@@ -552,7 +554,7 @@ class _Run:
     def _write_end(self, ok: int, failed: int, state: str, exit_code: int, why: str | None) -> None:
         status = self._status(ok, failed)
         status.state, status.exit_code, status.reason = state, exit_code, why
-        journal.write_status(self.state, status)
+        write_status(self.state, status)
 
     def _closed(self, state: State, exit_code: int, reason: str | None) -> RunSummary:
         summary = self.summary
@@ -615,7 +617,7 @@ class _Run:
         status.rows_per_s = sent / elapsed_s
         status.in_flight = snapshot.in_flight
         status.bound_by = bound_by
-        journal.write_status(self.state, status)
+        write_status(self.state, status)
 
     def _status(self, ok: int, failed: int) -> Status:
         now_ms = int(time.time() * 1000)
@@ -658,6 +660,20 @@ def _asks_usage(config: RunConfig) -> bool:
 
 
 # Before anything is sent
+
+
+async def _locked(
+    config: RunConfig, state: Path, stop: Stop, talk: Progress, stack: ExitStack
+) -> Lock:
+    """Hold the state until ``stack`` ends; with ``--if-locked wait``, say for whom we wait."""
+    try:
+        return await asyncio.to_thread(stack.enter_context, lock_state(state))
+    except Locked as exc:
+        if config.if_locked != "wait":
+            raise
+        talk.note(exc.message, label="waiting")
+    free = lock_state(state, "wait", cancelled=stop.requested)
+    return await asyncio.to_thread(stack.enter_context, free)
 
 
 def _check_output(config: RunConfig) -> None:

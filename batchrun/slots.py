@@ -15,7 +15,7 @@ ends a search.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from enum import IntEnum
 from itertools import islice
 from struct import Struct
@@ -33,6 +33,12 @@ class Held(IntEnum):
 
 HASH_BYTES = 16
 MAX_IN_DOUBT = 255  # counts saturate: one byte a row, and retries in doubt are single digits
+
+# What else than a Held an Event tells of its request.
+BEGAN, ENDED, ENDED_IN_DOUBT, REOPENED = range(4, 8)
+# One of those, or the Held of an outcome kept; the hash as two words and the occurrence; and of an
+# outcome its position and attempts in doubt.
+Event = tuple[int, int, int, int, int, int]
 
 _KEY = Struct("<QQ")
 _STRIDE = 0x9E3779B97F4A7C15  # odd, so a power-of-two table meets every place before repeating one
@@ -103,10 +109,20 @@ class SlotTable:
         """Where the outcome is kept; meaningless for a NEW slot."""
         return self._position[slot]
 
-    def kept(self, slots: Sequence[int]) -> list[tuple[int, int]]:
-        """Position and place in ``slots`` of those that hold an outcome, by position."""
-        flags, position = self._flags, self._position
-        return sorted((position[slot], at) for at, slot in enumerate(slots) if flags[slot] & _HELD)
+    def kept(self, slots: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Positions, ascending, and places in ``slots`` of those that hold an outcome."""
+        flags = self._flags
+        positions = list(map(self._position.__getitem__, slots))
+        places = [at for at, slot in enumerate(slots) if flags[slot] & _HELD]
+        places.sort(key=positions.__getitem__)
+        return [positions[at] for at in places], places
+
+    def places(self, slots: Sequence[int], held: Collection[Held]) -> list[int]:
+        """Places in ``slots`` of those with one of these."""
+        found = bytes(map(self._flags.__getitem__, slots)).translate(_ONLY_HELD)
+        if not any(map(found.count, held)):
+            return []
+        return [at for at, each in enumerate(found) if each in held]
 
     def survey(self, slots: Sequence[int]) -> Survey:
         """What is held for these slots, in sum."""
@@ -200,21 +216,50 @@ class SlotTable:
 
     # ── what happens to a slot ───────────────────────────────────────────────────────────────────
 
+    def replay(self, events: Iterable[Event]) -> None:
+        """Note what happened to requests, in this order, as the methods below do one by one."""
+        lows, highs, flags, kept_at, doubts, counts, sent = (
+            self._low, self._high, self._flags, self._position, self._in_doubt, self._counts,
+            self._sent,
+        )  # fmt: skip
+        index, mask = self._index, self._mask
+        for what, low, high, occurrence, position, in_doubt in events:
+            # The probing of _lookup, in line: this runs twice for every answer there is.
+            place = low & mask
+            while (slot := index[place]) != _EMPTY and (lows[slot] != low or highs[slot] != high):
+                place = (place + 1) & mask
+            if occurrence or slot == _EMPTY:
+                slot = (
+                    self._found(low, high, occurrence)
+                    if occurrence
+                    else self._insert(place, low, high)
+                )
+                index, mask = self._index, self._mask
+            if what == BEGAN:
+                if slot in sent:
+                    self._add_doubt(slot)
+                sent.add(slot)
+            elif what < BEGAN and not flags[slot] & _HELD:
+                # What nearly every outcome is: the first of its request.
+                sent.discard(slot)
+                flags[slot] |= what
+                counts[what] += 1
+                kept_at[slot] = position
+                if in_doubt > doubts[slot]:
+                    doubts[slot] = min(in_doubt, MAX_IN_DOUBT)
+            elif what < BEGAN:
+                self.settled(slot, what, position, in_doubt)
+            elif what == REOPENED:
+                self.reopened(slot)
+            else:
+                self.failed(slot, what == ENDED_IN_DOUBT)
+
     def find(self, hash_: bytes, occurrence: int) -> int:
         """The slot of this request, made when there is none; so are those of lower occurrences."""
         low, high = _KEY.unpack(hash_)
-        if occurrence:
-            return self._find_repeat(low, high, occurrence)
-        index, mask, lows = self._index, self._mask, self._low
-        place = low & mask
-        slot: int
-        while (slot := index[place]) != _EMPTY:
-            if lows[slot] == low and self._high[slot] == high:
-                return slot
-            place = (place + 1) & mask
-        return self._insert(place, low, high)
+        return self._found(low, high, occurrence)
 
-    def _find_repeat(self, low: int, high: int, occurrence: int) -> int:
+    def _found(self, low: int, high: int, occurrence: int) -> int:
         slot = self._lookup((low + occurrence * _STRIDE) & _WORD, high)
         if slot >= 0:
             return slot

@@ -30,6 +30,8 @@ _DONE = b"[DONE]"
 _decode = msgspec.json.decode
 _Object = Mapping[str, JSONValue]
 
+# What Python needs for a piece of a line, however small.
+_PIECE_COST = 64
 # What Python needs for an empty choice or tool call, roughly: a stream that opens a million of them
 # must not pass for a small one.
 _CHOICE_COST = 2_000
@@ -43,6 +45,7 @@ class Assembler:
 
     def __init__(self, *, limit_bytes: int) -> None:
         self.first_token = False  # some text, reasoning or tool call has come
+        self.held_bytes = 0  # about what this takes of the memory
         self._lines = _Lines()
         self._event: list[bytes] = []  # the data lines of the event being read
         self._event_name = b""
@@ -50,6 +53,7 @@ class Assembler:
         self._has_events = False
         self._saw_done = False
         self._is_unreadable = False
+        self._is_not_utf8 = False
         self._is_too_large = False
         self._limit_bytes = limit_bytes
         self._event_bytes = 0
@@ -66,7 +70,8 @@ class Assembler:
         for line in self._lines.feed(chunk):
             self._line(line)
         passing_bytes = self._lines.pending_bytes + self._event_bytes + len(self._stray)
-        if passing_bytes + self._kept.bytes > self._limit_bytes:
+        self.held_bytes = passing_bytes + self._kept.bytes
+        if self.held_bytes > self._limit_bytes:
             self._forget()
 
     def close(self) -> None:
@@ -76,8 +81,12 @@ class Assembler:
         if last := self._lines.close():
             self._line(last)
         # Cut inside its last event, a stream whose choices had all finished has lost no text.
-        was_whole = self._is_finished and not self._is_unreadable
+        was_utf8 = not self._is_not_utf8
+        was_whole = self._is_finished and not self._is_unreadable and was_utf8
         self._dispatch()
+        if was_utf8 and self._is_not_utf8:
+            # Cut inside a character.
+            self._is_not_utf8, self._is_unreadable = False, True
         if was_whole:
             self._is_unreadable = False
 
@@ -93,6 +102,8 @@ class Assembler:
             return "too_large"
         if self._error is not None or self._is_plain_json:
             return None
+        if self._is_not_utf8:
+            return "not_utf8"
         return None if self._is_finished and not self._is_unreadable else "cut"
 
     def body(self) -> bytes:
@@ -154,8 +165,10 @@ class Assembler:
                 self._dispatch()
         elif name == b"error":
             self._error = {"message": data.decode("utf-8", "replace")}
-        else:
+        elif _is_utf8(data):
             self._is_unreadable = True
+        else:
+            self._is_not_utf8 = True
 
     def _chunk(self, chunk: _Object, event_name: bytes) -> None:
         if (error := _error_of(chunk, event_name)) is not None:
@@ -207,13 +220,10 @@ class _Lines:
     """Cuts bytes into lines at LF, CRLF or CR, wherever the chunks were cut."""
 
     def __init__(self) -> None:
-        self._pending = bytearray()
+        self._pending: list[bytes] = []
+        self.pending_bytes = 0
         self._ended_in_cr = False
         self._is_first = True
-
-    @property
-    def pending_bytes(self) -> int:
-        return len(self._pending)
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         if not chunk:
@@ -226,18 +236,23 @@ class _Lines:
         self._ended_in_cr = chunk.endswith(b"\r")
         if b"\r" in chunk:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        head, *rest = chunk.split(b"\n")
-        self._pending += head
-        for part in rest:
-            yield self._take()
-            self._pending += part
+        *lines, tail = chunk.split(b"\n")
+        for line in lines:
+            yield self._take(line)
+        if tail:
+            self._pending.append(tail)
+            self.pending_bytes += len(tail) + _PIECE_COST
 
     def close(self) -> bytes:
-        return self._take()
+        return self._take(b"")
 
-    def _take(self) -> bytes:
-        line = bytes(self._pending)
-        self._pending.clear()
+    def _take(self, end: bytes) -> bytes:
+        """The line that ``end`` ends."""
+        line = end
+        if self._pending:
+            line = b"".join(self._pending) + end
+            self._pending.clear()
+            self.pending_bytes = 0
         if self._is_first:
             self._is_first = False
             line = line.removeprefix(_BOM)
@@ -263,7 +278,8 @@ class _Text:
         self._buffer = io.StringIO()
 
     def add(self, piece: str) -> None:
-        self._kept.bytes += len(piece)
+        # One wide character makes all of a text wide.
+        self._kept.bytes += len(piece) if piece.isascii() else 4 * len(piece)
         self._buffer.write(piece)
 
     def __str__(self) -> str:
@@ -602,6 +618,14 @@ def _objects(value: JSONValue) -> Iterator[_Object]:
     return (item for item in _list(value) if _is_object(item))
 
 
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _object(data: bytes) -> _Object | None:
     """``data`` as a JSON object, or None."""
     try:
@@ -609,7 +633,8 @@ def _object(data: bytes) -> _Object | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         # msgspec refuses lone surrogates and 1e400, which are JSON all the same.
         try:
-            value = json.loads(data)
+            # Decoded here: json itself would take bytes for UTF-16, and half a surrogate pair.
+            value = json.loads(data.decode())
         except (ValueError, RecursionError):
             return None
     return value if _is_object(value) else None

@@ -7,7 +7,7 @@ dataclass); those of the hot path hold no reference cycles, so the collector nee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from msgspec import Struct, field
@@ -32,6 +32,7 @@ Failure = Literal[
     "too_large",  # more bytes than a completion can sensibly have
     "bad_header",  # a response head that cannot be parsed
     "bad_encoding",  # a body whose content-encoding does not decode
+    "not_utf8",  # a body that is no text as JSON has it
 ]
 
 
@@ -178,6 +179,27 @@ class Answer(Struct, frozen=True, gc=False):
     tool_calls: str | None = None
     refusal: bool = False
     surrogates: int = 0  # lone surrogates replaced by U+FFFD
+
+
+class Answers(NamedTuple):
+    """The answers of several rows by column, without their usage; see ``Answer``."""
+
+    responses: Sequence[str | None]
+    finish_reasons: Sequence[str | None]
+    response_models: Sequence[str | None]
+    reasonings: Sequence[str | None]
+    tool_calls: Sequence[str | None]
+    refusals: Sequence[bool]
+
+
+class Tokens(NamedTuple):
+    """The usage of several rows by column."""
+
+    prompt: Sequence[int | None]
+    completion: Sequence[int | None]
+    total: Sequence[int | None]
+    cached: Sequence[int | None]
+    reasoning: Sequence[int | None]
 
 
 class Result(Struct, frozen=True):

@@ -10,7 +10,7 @@ from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
-from batchrun import inputs, journal, outputs, plan, prompts
+from batchrun import inputs, lock, outputs, plan, prompts
 from batchrun.accounting import OutputTally
 from batchrun.config import STATE_SUFFIX, STDIN, STDOUT, VERSION, OutputFormat, RunConfig
 from batchrun.errors import UsageError
@@ -73,8 +73,8 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
 def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     """How the run of ``output`` stands: running, stopped or finished. UsageError when none is."""
     state = _state_of(output, state_dir)
-    holder = journal.holder(state)
-    told = journal.read_status(state)
+    holder = lock.holder(state)
+    told = lock.read_status(state)
     # A state may outlive the publishing: it keeps answers of rows that are gone from the input.
     is_over = holder is None and told is not None and told.state == "finished"
     if holder is not None or (has_journal(state) and not is_over):
@@ -95,8 +95,8 @@ def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     )
 
 
-def _unfinished(output: str, state: Path, holder: journal.Holder | None) -> StatusFacts:
-    told = journal.read_status(state)
+def _unfinished(output: str, state: Path, holder: lock.Holder | None) -> StatusFacts:
+    told = lock.read_status(state)
     saved = read_saved(state)
     if holder is not None and told is not None:
         # A running process says more than its journal, and reading that would slow it down.
@@ -186,7 +186,7 @@ def _collected(output: str, state: Path, target: str, book: Journal, saved: Save
         collected_from=output,
         rows=tally.rows,
         size_bytes=_size(target),
-        running=journal.holder(state) is not None,
+        running=lock.holder(state) is not None,
         synthetic=book.header.synthetic,
         errors=tuple(tally.errors),
         tokens=tally.tokens,

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Protocol
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 
+from batchrun.cli import run_command
 from batchrun.mock_server import Knobs, MockServerThread, Respond
 
 
@@ -31,3 +39,95 @@ def mock() -> Iterator[StartMock]:
     yield start
     for server in servers:
         server.close()
+
+
+ROOT = Path(__file__).parent.parent
+WAIT_S = 30.0  # for events of another process; reached only when something is broken
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What ``--json`` printed."""
+        parsed: dict[str, Any] = json.loads(self.out)
+        return parsed
+
+
+class Submit(Protocol):
+    def __call__(self, *args: object) -> Ended: ...
+
+
+@pytest.fixture
+def submit(capsys: pytest.CaptureFixture[str]) -> Submit:
+    """``submit("a.jsonl", "-c", 4)`` as on the command line, in this process."""
+
+    def run(*args: object) -> Ended:
+        code = run_command(["submit", *map(str, args)])
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+def _default_signals() -> None:
+    # Under nohup, or in the background of a shell, they would be ignored.
+    for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+
+
+class Run(subprocess.Popen[str]):
+    """``batchrun submit ARGS`` as a process of its own; killed if it is still there at the end."""
+
+    def __init__(self, *args: object, environ: dict[str, str], **more: Any) -> None:
+        super().__init__(
+            [sys.executable, "-m", "batchrun", "submit", *map(str, args)],
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+            **{
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "preexec_fn": _default_signals,
+                **more,
+            },
+        )
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+        super().__exit__(exc_type, exc, traceback)
+
+    def end(self, stdin: str | None = None) -> Ended:
+        """Wait for its end; what it said and the exit code."""
+        out, err = self.communicate(stdin, timeout=WAIT_S)
+        return Ended(self.returncode, out, err)
+
+    def says(self, words: str) -> None:
+        """Return when a line of its stderr holds ``words``."""
+        assert self.stderr is not None
+        said = []
+        for line in self.stderr:
+            if words in line:
+                return
+            said.append(line)
+        raise AssertionError(f"ended without {words!r}: {''.join(said)}")
+
+
+class StartRun(Protocol):
+    def __call__(self, *args: object, environ: dict[str, str] = ..., **more: Any) -> Run: ...
+
+
+@pytest.fixture
+def running() -> StartRun:
+    """Start runs: ``with running("in.jsonl", "-c", 4) as run: ... run.end()``."""
+
+    def start(*args: object, environ: dict[str, str] | None = None, **more: Any) -> Run:
+        return Run(*args, environ=environ or {}, **more)
+
+    return start

@@ -13,28 +13,25 @@ from pathlib import Path
 
 import click
 import pytest
-from click.core import ParameterSource as Layer
 from msgspec.structs import replace
 
-from batchrun.cli import (
+from batchrun.cli import cli, parse_fault, run_command
+from batchrun.config import RunConfig, default_output, output_format
+from batchrun.errors import UsageError
+from batchrun.flags import read_config_file, unknown_variables
+from batchrun.options import (
     DEFAULTS,
     Given,
+    Layer,
     Options,
     build_config,
-    cli,
     command_to_paste,
     parse_carry,
     parse_deadline,
     parse_duration,
-    parse_fault,
     parse_headers,
     parse_param,
-    read_config_file,
-    run_command,
-    unknown_variables,
 )
-from batchrun.config import RunConfig, default_output, output_format
-from batchrun.errors import UsageError
 from batchrun.providers import DEFAULT_BASE_URL, DEFAULT_MODEL
 
 COMMANDS = sorted(cli.commands)
@@ -544,10 +541,11 @@ def test_a_traceback_of_a_bug_shows_no_secret() -> None:
     script = """
 import os
 from batchrun import cli
+from batchrun.options import Given, Options
 @cli.cli.command("broken")
 def broken():
-    options = cli.Options(header=(f"X-Token: {os.environ['TOKEN']}",), api_key_env="MINE")
-    given = cli.Given(environ=os.environ)
+    options = Options(header=(f"X-Token: {os.environ['TOKEN']}",), api_key_env="MINE")
+    given = Given(environ=os.environ)
     with cli._without_secrets(given, options):
         raise ValueError([os.environ[name] for name in ("TOKEN", "MINE", "OPENAI_API_KEY")])
 raise SystemExit(cli.run_command(["broken"]))

@@ -6,21 +6,28 @@ here waits for a guess of how long something takes.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun import runner
+from batchrun.api import make_config
 from batchrun.cli import run_command
 from batchrun.journal import Journal
 from batchrun.mock_server import (
@@ -31,23 +38,16 @@ from batchrun.mock_server import (
     Respond,
     completion,
     error_reply,
+    fault_reply,
 )
+from batchrun.progress import Progress
+
+if TYPE_CHECKING:
+    from conftest import StartMock, StartRun
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 30.0  # for events of another process; reached only when something is broken
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-
-
-class StartMock(Protocol):
-    def __call__(
-        self, knobs: Knobs | None = None, *, respond: Respond | None = None
-    ) -> MockServerThread: ...
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(autouse=True)
@@ -59,29 +59,6 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = (json.dumps({"prompt": f"Question {n}?"}) + "\n" for n in range(40))
     Path("in.jsonl").write_text("".join(rows))
-
-
-@contextlib.contextmanager
-def running(*args: object, **more: Any) -> Iterator[subprocess.Popen[str]]:
-    """``batchrun submit in.jsonl …`` as a process of its own; killed if it is there at the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "batchrun", "submit", "in.jsonl", *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        **more,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def end_of(process: subprocess.Popen[str]) -> Ended:
-    out, err = process.communicate(timeout=WAIT_S)
-    return Ended(process.returncode, out, err)
 
 
 class Held:
@@ -141,18 +118,15 @@ def held_answers() -> int:
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS.items(), ids=lambda s: getattr(s, "name", s))
 def test_a_signal_waits_for_the_answers_on_their_way(
-    signum: signal.Signals, code: int, mock: StartMock
+    signum: signal.Signals, code: int, mock: StartMock, running: StartRun
 ) -> None:
     held = Held(mock, count=5, arrivals=4)
-    with running(*options(held.server)) as process:
+    with running("in.jsonl", *options(held.server)) as process:
         held.wait()
         process.send_signal(signum)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "on their way" in line:
-                break
+        process.says("on their way")
         held.release()
-        ended = end_of(process)
+        ended = process.end()
     assert ended.code == code
     assert "Traceback" not in ended.err
     assert "same command" in ended.err
@@ -164,12 +138,12 @@ def test_a_signal_waits_for_the_answers_on_their_way(
     assert again.ledger.requests == 31
 
 
-def test_what_the_drain_does_not_wait_for_is_in_doubt(mock: StartMock) -> None:
+def test_what_the_drain_does_not_wait_for_is_in_doubt(mock: StartMock, running: StartRun) -> None:
     held = Held(mock, count=5, arrivals=4)
-    with running(*options(held.server), "--drain", "0.1", "--json") as process:
+    with running("in.jsonl", *options(held.server), "--drain", "0.1", "--json") as process:
         held.wait()
         process.terminate()
-        ended = end_of(process)
+        ended = process.end()
     assert ended.code == 143
     summary = json.loads(ended.out)
     assert summary["rows"]["ok"] == 5
@@ -177,15 +151,12 @@ def test_what_the_drain_does_not_wait_for_is_in_doubt(mock: StartMock) -> None:
     assert summary["this_run"]["in_doubt"] == 4
 
 
-def test_a_second_signal_ends_it_at_once(mock: StartMock) -> None:
+def test_a_second_signal_ends_it_at_once(mock: StartMock, running: StartRun) -> None:
     held = Held(mock, count=5, arrivals=4)
-    with running(*options(held.server), "--drain", "3600") as process:
+    with running("in.jsonl", *options(held.server), "--drain", "3600") as process:
         held.wait()
         process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "on their way" in line:
-                break
+        process.says("on their way")
         # A repeat within moments is taken for an echo of the first.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
@@ -194,37 +165,56 @@ def test_a_second_signal_ends_it_at_once(mock: StartMock) -> None:
     assert held_answers() == 5
 
 
-def test_a_signal_ignored_at_the_start_stays_ignored(mock: StartMock) -> None:
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_ignored_at_the_start_stays_ignored(
+    signum: signal.Signals, mock: StartMock, running: StartRun
+) -> None:
+    """``nohup`` ignores SIGHUP, a shell SIGINT for what it starts with ``&``."""
     held = Held(mock, count=5, arrivals=4)
-
-    def nohup() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    with running(*options(held.server), preexec_fn=nohup) as process:
+    nohup = partial(signal.signal, signum, signal.SIG_IGN)
+    with running("in.jsonl", *options(held.server), preexec_fn=nohup) as process:
         held.wait()
-        process.send_signal(signal.SIGHUP)
+        process.send_signal(signum)
         held.release()
-        assert end_of(process).code == 0
+        assert process.end().code == 0
 
 
-def test_a_run_that_only_waits_stops_at_once(mock: StartMock) -> None:
-    arrived = threading.Event()
+def refusing(status: int) -> Respond:
+    headers = {"Retry-After": "300"}
+    return lambda request: error_reply(status, "slow", code="rate_limited", headers=headers)
 
-    def respond(request: MockRequest) -> MockReply | None:
-        arrived.set()
-        return error_reply(429, "slow", code="rate_limited", headers={"Retry-After": "300"})
 
-    with running(*options(mock(respond=respond), concurrency=1)) as process:
-        assert arrived.wait(WAIT_S)
+def lost(request: MockRequest) -> MockReply | None:
+    return None if request.n <= 5 else MockReply(raw=b"", ending="close")
+
+
+WAITS: dict[str, tuple[Respond, int, tuple[str, ...]]] = {
+    "a gate": (refusing(429), 1, ()),
+    "rows that rest": (refusing(503), 4, ()),
+    "a pace": (lambda request: None, 1, ("--rpm", "0.1")),
+    "an outage": (lost, 9, ("--max-outage", "1h", "--max-retries", "1000")),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_run_that_only_waits_stops_at_once(wait: str, mock: StartMock, running: StartRun) -> None:
+    """What it waits for would take minutes; so would the drain, if there were anything in it."""
+    respond, arrivals, more = WAITS[wait]
+    server = mock(respond=respond)
+    with running("in.jsonl", *options(server), *more, "--drain", "1h", "--json") as process:
+        wait_until(lambda: server.ledger.requests >= arrivals)
         process.terminate()
-        ended = end_of(process)
+        ended = process.end()
     assert ended.code == 143
+    assert ended.summary["rows"]["pending"] >= 25
 
 
-def test_a_deadline_stops_the_run(mock: StartMock) -> None:
+def test_a_deadline_stops_the_run(mock: StartMock, running: StartRun) -> None:
     held = Held(mock, count=5, arrivals=4)
-    with running(*options(held.server), "--deadline", "1", "--drain", "0", "--json") as process:
-        ended = end_of(process)
+    with running(
+        "in.jsonl", *options(held.server), "--deadline", "1", "--drain", "0", "--json"
+    ) as process:
+        ended = process.end()
     assert ended.code == 75
     summary = json.loads(ended.out)
     assert "deadline" in summary["reason"]
@@ -232,18 +222,94 @@ def test_a_deadline_stops_the_run(mock: StartMock) -> None:
     assert not Path("in.results.parquet").exists()
 
 
-def test_a_deadline_far_away_does_nothing(mock: StartMock) -> None:
-    with running(*options(mock()), "--deadline", "1h") as process:
-        assert end_of(process).code == 0
+def test_a_deadline_far_away_does_nothing(mock: StartMock, running: StartRun) -> None:
+    with running("in.jsonl", *options(mock()), "--deadline", "1h") as process:
+        assert process.end().code == 0
+
+
+# A wall clock that jumps
+
+JUMPING = """
+import itertools, time
+wall, moments = time.time, itertools.count()
+time.time = lambda: wall() + 3600 * (next(moments) // {every} % 3 - 1)
+"""
+
+
+@pytest.fixture
+def jumping(tmp_path: Path) -> dict[str, str]:
+    """The environment of a run whose wall clock goes back and forth by hours while it runs."""
+    place = tmp_path / "site"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(JUMPING.format(every=7))
+    return {"PYTHONPATH": os.pathsep.join((str(place), str(ROOT)))}
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(
+    jumping: dict[str, str], mock: StartMock, running: StartRun
+) -> None:
+    """Back-off, pauses that are named, pacing and what an attempt takes go by another clock."""
+    kinds = ("429-ms", "429-date", "500", "503-retry-after", "disconnect", "hang")
+    knobs = Knobs(retry_after_s=0.2)
+
+    def respond(request: MockRequest) -> MockReply | None:
+        met = dict(enumerate(kinds, start=5)).get(request.n)
+        return None if met is None else fault_reply(met, request, knobs)
+
+    server = mock(respond=respond)
+    more = (
+        "--timeout",
+        "1",
+        "--connect-timeout",
+        "1",
+        "--rpm",
+        "6000",
+        "--max-wait",
+        "60",
+        "--max-outage",
+        "60",
+    )
+    with running("in.jsonl", *options(server), *more, "--json", environ=jumping) as process:
+        ended = process.end()
+    assert ended.code == 0, ended.err
+    assert ended.summary["rows"]["ok"] == 40
+    assert server.ledger.requests == 40 + len(kinds)
+    latencies = pq.read_table("in.results.parquet").column("latency_s").to_pylist()
+    assert all(0.0 <= latency_s < WAIT_S for latency_s in latencies)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_date_that_a_wrong_clock_makes_far_away_is_waited_for_no_longer_than_max_wait(
+    hours: int, mock: StartMock, running: StartRun, tmp_path: Path
+) -> None:
+    """A date without the endpoint's own time beside it can only be read by our clock."""
+
+    def respond(request: MockRequest) -> MockReply | None:
+        if request.n > 1:
+            return None
+        date = formatdate(time.time() + 1, usegmt=True)
+        return error_reply(429, "slow", code="rate_limited", headers={"Retry-After": date})
+
+    shifted = f"import time\nwall = time.time\ntime.time = lambda: wall() + {hours * 3600}\n"
+    (tmp_path / "sitecustomize.py").write_text(shifted)
+    environ = {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    more = ("--max-wait", "60", "--json")
+    with running("in.jsonl", *options(mock(respond=respond)), *more, environ=environ) as process:
+        ended = process.end()
+    # Slow by an hour, the date seems to be an hour away: the run stops and can be run again. Fast
+    # by an hour, it seems to be over, and the row is tried again as if none had been named.
+    assert ended.code == (75 if hours < 0 else 0), ended.err
 
 
 # Two at once
 
 
-def test_two_at_once_are_one_too_many(mock: StartMock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_at_once_are_one_too_many(
+    mock: StartMock, capsys: pytest.CaptureFixture[str], running: StartRun
+) -> None:
     held = Held(mock, count=5, arrivals=4)
     command = ["submit", "in.jsonl", *map(str, options(held.server))]
-    with running(*options(held.server)) as process:
+    with running("in.jsonl", *options(held.server)) as process:
         held.wait()
         before = held.server.ledger.requests
         assert run_command(command) == 11
@@ -254,34 +320,145 @@ def test_two_at_once_are_one_too_many(mock: StartMock, capsys: pytest.CaptureFix
         assert run_command([*command, "--if-locked", "skip", "--json"]) == 0
         assert "pid" in json.loads(capsys.readouterr().out)["reason"]
         assert held.server.ledger.requests == before
-        with running(*options(held.server), "--if-locked", "wait") as waiting:
+        with running("in.jsonl", *options(held.server), "--if-locked", "wait") as waiting:
             held.release()
-            assert end_of(process).code == 0
-            assert end_of(waiting).code == 0
+            assert process.end().code == 0
+            assert waiting.end().code == 0
     assert held.server.ledger.requests == 40
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux about handlers")
-def test_a_run_that_waits_for_the_lock_can_be_interrupted(mock: StartMock) -> None:
+def test_a_run_that_waits_for_the_lock_can_be_interrupted(
+    mock: StartMock, running: StartRun
+) -> None:
     held = Held(mock, count=5, arrivals=4)
-    with running(*options(held.server)):
+    with running("in.jsonl", *options(held.server)):
         held.wait()
-        with running(*options(held.server), "--if-locked", "wait") as waiting:
-            while not handles(waiting.pid, signal.SIGTERM):
-                pass
+        with running("in.jsonl", *options(held.server), "--if-locked", "wait") as waiting:
+            waiting.says("is in use by pid")
             waiting.terminate()
-            assert end_of(waiting).code == 143
+            assert waiting.end().code == 143
         held.release()
 
 
-def handles(pid: int, signum: signal.Signals) -> bool:
-    """Whether a process has a handler for ``signum``: it has come as far as the lock."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught, 16) >> (signum - 1) & 1)
+# Stdin
+
+
+@pytest.mark.parametrize(("signum", "code"), SIGNALS.items(), ids=lambda s: getattr(s, "name", s))
+def test_a_signal_while_stdin_is_read_ends_it_and_leaves_nothing(
+    signum: signal.Signals, code: int, mock: StartMock, running: StartRun
+) -> None:
+    server = mock()
+    with running("-", "-o", "x.parquet", *options(server), stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write('{"prompt": "Question 0?"}\n')
+        process.stdin.flush()
+        wait_until(lambda: any(Path().glob("x.parquet.batchrun/.spool-*")))
+        process.send_signal(signum)
+        # Stdin stays open, as it does when its writer is slow.
+        assert process.wait(WAIT_S) == code
+        assert process.stderr is not None
+        assert process.stderr.read() == f"batchrun: stopped by {signum.name}\n"
+    assert server.ledger.requests == 0
+    assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
+
+
+def test_a_signal_while_stdin_is_read_keeps_the_answers_of_earlier_runs(
+    mock: StartMock, running: StartRun
+) -> None:
+    rows = Path("in.jsonl").read_text()
+    held = Held(mock, count=5, arrivals=4)
+    command = ("-", "-o", "in.results.parquet", *options(held.server))
+    with running(*command, "--drain", "0", stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(rows)
+        process.stdin.close()
+        process.stdin = None
+        held.wait()
+        process.terminate()
+        assert process.end().code == 143
+    with running(*command, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write('{"prompt": "Another?"}\n')
+        process.stdin.flush()
+        wait_until(lambda: any(Path().glob("in.results.parquet.batchrun/.spool-*")))
+        process.terminate()
+        assert process.wait(WAIT_S) == 143
+    assert held_answers() == 5
+    assert not any(Path().glob("in.results.parquet.batchrun/.spool-*"))
+    again = mock()
+    with running(*command[:3], *options(again), stdin=subprocess.PIPE) as process:
+        assert process.end(rows).code == 0
+    assert again.ledger.requests == 35
+
+
+def test_a_deadline_counts_while_stdin_is_read(running: StartRun) -> None:
+    command = ("-", "-o", "x.parquet", "--mock", "--deadline", "0.2")
+    with running(*command, stdin=subprocess.PIPE) as process:
+        assert process.wait(WAIT_S) == 75
+
+
+def test_a_closed_stdin_is_no_empty_input(running: StartRun) -> None:
+    close = partial(os.close, 0)
+    with running("-", "-o", "x.parquet", "--mock", preexec_fn=close) as process:
+        ended = process.end()
+    assert ended.code == 2
+    assert "standard input is closed" in ended.err
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < end
 
 
 # What is said
+
+
+@pytest.mark.parametrize(("rows", "code"), [(1, 0), (2, 3), (0, 2)])
+def test_whoever_does_not_read_what_is_said_keeps_no_run_from_ending(
+    rows: int, code: int, running: StartRun
+) -> None:
+    Path("in.jsonl").write_text('{"prompt": "a"}\n{"prompt": null}\n'[: 16 + 17 * (rows - 1)])
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 512)
+    os.set_blocking(writing, True)
+    command = ("in.jsonl", "--mock", *(() if rows else ("--temperature", "hot")))
+    with running(*command, stderr=writing) as process:
+        assert process.wait(WAIT_S) == code
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_stall_says_what_it_waits_for(mock: StartMock) -> None:
+    held = Held(mock, count=5, arrivals=4)
+    said: list[str] = []
+
+    class Terminal(io.StringIO):
+        def write(self, text: str) -> int:
+            said.append(text)
+            if "waits for 4 answers" in text:
+                held.release()
+            return len(text)
+
+    # A clock on which the stall and the minute come within moments.
+    talk = Progress(stream=Terminal(), is_tty=False, clock=lambda: 1_000 * time.monotonic())
+    config = make_config(
+        "in.jsonl",
+        base_url=held.server.url,
+        model="m",
+        concurrency=4,
+        limit=9,
+        timeout_s=5.0,
+        connect_timeout_s=1.0,
+        max_retries=0,
+    )
+    summary = asyncio.run(runner.run(config, talk))
+    talk.close()
+    assert summary.exit_code == 0
+    assert re.search(r"5/9 waits for 4 answers, the longest for \d+s", "".join(said))
 
 
 def test_quiet_is_silent_on_0_and_says_the_end_otherwise(

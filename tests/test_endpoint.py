@@ -413,6 +413,31 @@ def test_a_compressed_stream_is_read() -> None:
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_a_compressed_reply_of_any_length_is_read_whole(kind: str) -> None:
+    # Long runs make zlib keep output back when its input is used up.
+    lengths = [*range(room.STEP_BYTES - 300, room.STEP_BYTES + 300, 60), 3_000_000]
+
+    async def story() -> None:
+        def respond(request: MockRequest) -> MockReply:
+            text = "x" * int(request.prompt or 0)
+            choice = {"index": 0, part: {"content": text}, "finish_reason": "stop"}
+            told = json.dumps({"choices": [choice]}).encode()
+            body = gzip.compress(b"data: %b\n\n" % told if part == "delta" else told)
+            headers = {"Content-Type": kind, "Content-Encoding": "gzip"}
+            return MockReply(body=body, headers=headers)
+
+        part = "delta" if kind == "text/event-stream" else "message"
+        async with MockServer(respond=respond) as server, client(server.url) as endpoint:
+            for length in lengths:
+                attempt = await endpoint.send(request(str(length)))
+                assert meaning(attempt)[0] == "ok"
+                message = json.loads(attempt.body)["choices"][0]["message"]
+                assert message["content"] == "x" * length
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 def test_a_gzip_bomb_stops_at_the_bound(kind: str) -> None:
     packer = zlib.compressobj(9, wbits=31)
     bomb = b"".join(packer.compress(b" " * 2**20) for _ in range(64)) + packer.flush()
@@ -440,7 +465,7 @@ def test_a_gzip_bomb_stops_at_the_bound(kind: str) -> None:
         ("deep_json", None, ("invalid_response", "not_json", True)),
         ("500-html", None, ("transient", "500", False)),
         ("blank_lines", None, ("ok", "", False)),
-        ("invalid_utf8", None, ("ok", "", False)),
+        ("invalid_utf8", "not_utf8", ("invalid_response", "not_utf8", True)),
     ],
 )
 def test_what_the_network_does_becomes_an_attempt(
@@ -449,6 +474,33 @@ def test_what_the_network_does_becomes_an_attempt(
     attempt = fault(kind)
     assert attempt.failure == failure
     assert meaning(attempt) == means
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_reason_says_that_a_reply_is_not_utf_8(stream: bool) -> None:
+    decision = classify(fault("invalid_utf8", stream=stream), request())
+    assert decision.reason == "answered 200 with text that is not UTF-8"
+
+
+def test_bytes_beside_the_text_count_as_well() -> None:
+    # The decoder skips over members that nobody asks for.
+    spoilt = ANSWER.replace(b'"id":"1"', b'"id":"\xe9"')
+    attempt, _ = ask(respond=replies(MockReply(body=spoilt, headers=JSON)))
+    assert meaning(attempt) == ("invalid_response", "not_utf8", True)
+
+
+@pytest.mark.parametrize("text", ["\ufffd", "Größe 💡", "\\ud800"])
+def test_what_utf_8_and_json_can_say_is_an_answer(text: str) -> None:
+    body = ANSWER.replace(b"hi", text.encode())
+    attempt, _ = ask(respond=replies(MockReply(body=body, headers=JSON)))
+    assert meaning(attempt)[0] == "ok"
+    assert attempt.body == body
+
+
+def test_an_error_page_in_another_encoding_is_still_that_error() -> None:
+    page = MockReply(status=503, body="<h1>Ausfall für heute</h1>".encode("latin-1"))
+    attempt, _ = ask(respond=replies(page))
+    assert meaning(attempt)[:2] == ("transient", "503")
 
 
 def test_a_reply_that_drips_ends_with_the_attempts_time() -> None:
@@ -551,6 +603,7 @@ def test_a_reply_is_read_by_its_content_type_whatever_was_asked() -> None:
         ("stream-cut", ("transient", "cut", True)),
         ("stream-no-finish", ("transient", "cut", True)),
         ("stream-eof", ("transient", "cut", True)),
+        ("invalid_utf8", ("invalid_response", "not_utf8", True)),
     ],
 )
 def test_a_stream_that_does_not_finish_is_no_answer(
@@ -595,6 +648,72 @@ def test_a_silent_stream_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     attempt, _ = ask(respond=replies(reply))
     assert attempt.failure == "timeout"
+
+
+# Memory
+
+
+def large(kind: str, size_bytes: int) -> MockReply:
+    """An honest answer of about that size."""
+    part = "delta" if kind == "text/event-stream" else "message"
+    choice = {"index": 0, part: {"content": "x" * size_bytes}, "finish_reason": "stop"}
+    body = json.dumps({"choices": [choice]}).encode()
+    body = b"data: %b\n\n" % body if part == "delta" else body
+    return MockReply(body=body, headers={"Content-Type": kind})
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_large_answers_wait_for_one_another_and_none_fails(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "SHARED_BYTES", 300_000)
+
+    async def story() -> list[Attempt]:
+        respond = replies(large(kind, 1_000_000))
+        async with MockServer(respond=respond) as server, client(server.url) as endpoint:
+            return await asyncio.gather(*(endpoint.send(request(str(n))) for n in range(40)))
+
+    for attempt in asyncio.run(story()):
+        assert meaning(attempt)[0] == "ok"
+        assert len(attempt.body) > 1_000_000
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_who_waits_for_memory_waits_no_longer_than_its_attempt(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "SHARED_BYTES", 0)
+
+    def respond(asked: MockRequest) -> MockReply:
+        if asked.prompt == "usual":
+            return completion(asked)
+        if asked.prompt == "large":
+            return large(kind, 1_000_000)
+        # Large, and never whole.
+        parts = [large(kind, 1_000_000).body[:-200], b" "]
+        return MockReply(parts=parts, framing="chunked", pause_s=60.0, headers=JSON)
+
+    async def story() -> list[Attempt]:
+        async with (
+            MockServer(respond=respond) as server,
+            client(server.url, timeout_s=60.0) as slow,
+            client(server.url, timeout_s=0.2, connect_timeout_s=0.2) as endpoint,
+        ):
+            endpoint._space = slow._space
+            endpoint._space.attempt_s = 0.4
+            holding = asyncio.create_task(slow.send(request("held")))
+            while slow._space.largest is None:
+                await asyncio.sleep(0)
+            ended = [await endpoint.send(request(p)) for p in ("large", "usual")]
+            holding.cancel()
+            await asyncio.gather(holding, return_exceptions=True)
+            # Whoever is cancelled gives back what it held.
+            return [*ended, await slow.send(request("large"))]
+
+    waited, usual, after = asyncio.run(story())
+    assert meaning(waited) == ("timeout", "timeout", True)
+    assert meaning(usual)[0] == "ok"
+    assert meaning(after)[0] == "ok"
 
 
 # Models

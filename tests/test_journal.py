@@ -1,42 +1,28 @@
-"""What the journal promises: nothing written is lost, damage is not believed, never two at once."""
+"""What the journal promises: nothing written is lost, and damage is not believed."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
-import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from batchrun import disk, records
 from batchrun import journal as room
-from batchrun.errors import JournalDamaged, LocalIOError, Locked
-from batchrun.journal import (
-    Header,
-    Held,
-    Holder,
-    Journal,
-    Recovery,
-    Status,
-    holder,
-    lock,
-    read_status,
-    write_status,
-)
+from batchrun import segments as segments_room
+from batchrun.errors import JournalDamaged, LocalIOError
+from batchrun.journal import Header, Held, Journal, Recovery
+from batchrun.lock import lock
 from batchrun.types import Outcome, OutcomeKind, Usage
 
 ROOT = Path(__file__).parents[1]
@@ -299,7 +285,7 @@ def test_a_reopened_row_keeps_the_attempts_that_may_have_been_billed(state: Path
         assert journal.in_doubt(journal.claim(hash_of(0))) == 3
 
 
-def test_doubt_is_the_same_with_an_index_file_and_across_segments(state: Path) -> None:
+def test_doubt_is_the_same_at_every_opening_and_across_segments(state: Path) -> None:
     with opened(state, segment_bytes=400) as journal:
         for number in range(12):
             slot = journal.claim(hash_of(number))
@@ -470,7 +456,7 @@ def test_a_reply_that_holds_a_whole_frame_is_not_believed(state: Path, tmp_path:
     """Even when a hole swallows the head of the record that carries it."""
     with opened(tmp_path / "other", segment_bytes=10_000) as other:
         other.header = replace(HEADER, run_id="another run")
-        other._salt = room._salt("another run", 1)
+        other._salt = records.salt_of("another run", 1)
         settle(other, 1)
     forged = first_segment(tmp_path / "other").read_bytes()
     with opened(state) as journal:
@@ -506,46 +492,6 @@ def test_segments_are_of_their_size_and_all_are_read(state: Path) -> None:
     with opened(state, segment_bytes=2_000) as journal:
         assert held_numbers(journal, MANY) == list(MANY)
         assert journal.recovery == WHOLE
-
-
-def test_an_index_file_stands_in_for_a_sealed_segment(state: Path) -> None:
-    fill(state)
-    with opened(state):
-        assert len(list(state.glob("*.idx"))) == len(segments(state)) - 1
-    # With the numbers unreadable, what is known can only come from the index files.
-    middle = segments(state)[2]
-    data = middle.read_bytes()
-    middle.write_bytes(bytes(len(data)))
-    with opened(state) as journal:
-        assert journal.count(Held.OK) == len(MANY)
-        with pytest.raises(JournalDamaged):
-            held_numbers(journal, MANY)
-
-
-@pytest.mark.parametrize("harm", ["absent", "empty", "cut", "flipped", "another's"])
-def test_a_wrong_index_file_is_made_anew(state: Path, harm: str) -> None:
-    fill(state)
-    with opened(state):
-        pass
-    index = state / "journal-000002.idx"
-    good = index.read_bytes()
-    offsets = range(len(good)) if harm == "flipped" else range(1)
-    for offset in offsets:
-        if harm == "absent":
-            index.unlink()
-        elif harm == "empty":
-            index.write_bytes(b"")
-        elif harm == "cut":
-            index.write_bytes(good[: len(good) // 2])
-        elif harm == "another's":
-            index.write_bytes((state / "journal-000003.idx").read_bytes())
-        else:
-            index.write_bytes(flipped(good, offset))
-        with opened(state) as journal:
-            assert journal.count(Held.OK) == len(MANY)
-        assert index.read_bytes() == good
-    with opened(state) as journal:
-        assert held_numbers(journal, MANY) == list(MANY)
 
 
 def test_a_missing_or_shortened_sealed_segment_is_damage(state: Path) -> None:
@@ -634,8 +580,57 @@ def test_a_kept_table_spares_reading_the_records(
     with opened(state) as journal:
         live(journal, 0)
     before = known(state)
-    monkeypatch.setattr(room._Segment, "events", lambda self: iter(()))
+    monkeypatch.setattr(segments_room.Segment, "replay", lambda self, table: None)
     assert known(state) == before
+
+
+def test_what_was_replayed_at_length_is_kept_at_once(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(state)
+    right = known(state)
+    assert not (state / "journal-table").exists()
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    with opened(state) as journal:
+        # A kill: nothing is done on leaving.
+        journal.close(remember=False)
+    middle = segments(state)[2]
+    whole = middle.read_bytes()
+    # With the records unreadable, what is known can only come from the table.
+    middle.write_bytes(bytes(len(whole)))
+    with opened(state) as journal:
+        assert journal.count(Held.OK) == len(MANY)
+        with pytest.raises(JournalDamaged):
+            held_numbers(journal, MANY)
+    middle.write_bytes(whole)
+    assert known(state) == right
+
+
+def test_a_table_is_not_written_again_for_a_few_more_records(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    fill(state)
+    table = (state / "journal-table").read_bytes()
+    with opened(state) as journal:
+        settle(journal, 60)
+        journal.close(remember=False)
+    with opened(state) as journal:
+        journal.close(remember=False)
+    assert (state / "journal-table").read_bytes() == table
+
+
+def test_index_files_of_earlier_versions_are_left_alone_and_go_with_the_segments(
+    state: Path,
+) -> None:
+    fill(state)
+    index = state / "journal-000002.idx"
+    index.write_bytes(b"whatever")
+    with opened(state) as journal:
+        assert held_numbers(journal, MANY) == list(MANY)
+        assert index.read_bytes() == b"whatever"
+        journal.reset(HEADER)
+    assert not index.exists()
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "another run's", "segment cut"])
@@ -681,16 +676,17 @@ def test_a_kept_table_covers_only_what_was_made_durable(
 
 
 def test_what_is_not_durable_and_what_is_deleted_leave_no_table(
-    state: Path, monkeypatch: pytest.MonkeyPatch
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
     with opened(state) as journal:
         settle(journal, 0)
     assert not (state / "journal-table").exists()
-    with opened(state) as journal:
+    deleted = tmp_path / "deleted"
+    with opened(deleted) as journal:
         live(journal, 0)
-        first_segment(state).unlink()
-    assert not (state / "journal-table").exists()
+        first_segment(deleted).unlink()
+    assert not (deleted / "journal-table").exists()
 
 
 # ── syncing ──────────────────────────────────────────────────────────────────────────────────────
@@ -747,13 +743,13 @@ def test_what_a_killed_process_left_is_made_durable_by_the_next(
     names = {path.stat().st_ino: path.name for path in segments(state)}
     assert len(names) > 2
     synced = set()
-    make_durable = room._make_durable
+    make_durable = disk.make_durable
 
     def watched(fd: int) -> None:
         synced.add(names.get(os.fstat(fd).st_ino))
         make_durable(fd)
 
-    monkeypatch.setattr(room, "_make_durable", watched)
+    monkeypatch.setattr(room, "make_durable", watched)
     with opened(state) as journal:
         journal.sync()
         assert set(names.values()) <= synced
@@ -770,7 +766,7 @@ def test_a_failed_fsync_is_final(state: Path, monkeypatch: pytest.MonkeyPatch) -
 
     with opened(state) as journal:
         slot = settle(journal, 0)
-        monkeypatch.setattr(room, "_make_durable", broken_disk)
+        monkeypatch.setattr(room, "make_durable", broken_disk)
         with pytest.raises(LocalIOError, match="fsync"):
             journal.sync()
         for again in (journal.sync, lambda: settle(journal, 1), journal.end_sync):
@@ -840,7 +836,7 @@ def test_a_full_disk_ends_the_run_and_loses_no_answer(state: Path) -> None:
 
 
 def test_a_full_disk_is_called_so(tmp_path: Path) -> None:
-    error = room._io_error(tmp_path / "x", "write", OSError(errno.ENOSPC, "No space left"))
+    error = disk.io_error(tmp_path / "x", "write", OSError(errno.ENOSPC, "No space left"))
     assert str(error) == f"{tmp_path / 'x'}: cannot write: disk full"
     assert "free some space" in error.next_steps[0]
 
@@ -862,16 +858,25 @@ def test_state_is_private_whatever_the_umask(state: Path) -> None:
             fill(state)
             with opened(state):
                 pass
-            write_status(state, status())
     finally:
         os.umask(before)
     assert state.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in state.iterdir()} == {0o600}
 
 
+def test_a_symbolic_link_is_not_written_through(state: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("keep me")
+    state.mkdir()
+    (state / "journal-000001.new").symlink_to(precious)
+    with pytest.raises(LocalIOError):
+        Journal.open(state, HEADER)
+    assert precious.read_text() == "keep me"
+
+
 def test_a_newer_format_is_refused_with_advice(state: Path) -> None:
     state.mkdir()
-    room._create_first_segment(state, replace(HEADER, format=2))
+    segments_room.create_first_segment(state, replace(HEADER, format=2))
     with pytest.raises(LocalIOError, match="format 2") as caught:
         Journal.open(state, HEADER)
     assert not isinstance(caught.value, JournalDamaged)
@@ -893,7 +898,7 @@ def test_reset_begins_with_the_new_header_and_nothing_held(state: Path) -> None:
         assert journal.header == other
         assert held_numbers(journal, MANY) == [3]
     assert len(segments(state)) == 1
-    assert not list(state.glob("*.idx"))
+    assert not (state / "journal-table").exists()
 
 
 def test_a_journal_set_aside_is_whole_where_it_is_now(state: Path, tmp_path: Path) -> None:
@@ -952,6 +957,22 @@ def test_peek_repairs_nothing_and_takes_no_records(state: Path, written: Written
     journal.close()
 
 
+@contextlib.contextmanager
+def spawn(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -982,276 +1003,3 @@ def test_peek_beside_a_running_writer_sees_whole_answers_only(state: Path) -> No
             seen = len(answered)
             assert not ended or seen == 600
         assert writer.wait(30) == 0
-
-
-# ── the lock ─────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def spawn(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from batchrun.errors import Locked
-from batchrun.journal import lock
-try:
-    with lock(Path(sys.argv[1])):
-        print("held", flush=True)
-        sys.stdin.read()
-except Locked as error:
-    print(error, flush=True)
-"""
-
-
-def test_a_second_run_is_told_who_has_the_output_and_since_when(state: Path) -> None:
-    with spawn(HOLD, state) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
-        with (
-            pytest.raises(
-                Locked, match=rf"^out\.parquet is in use by pid {first.pid} on .+ since \d\d:\d\d$"
-            ),
-            lock(state),
-        ):
-            pass
-        found = holder(state)
-        assert found is not None
-        assert found.pid == first.pid
-        first.communicate("")
-    assert holder(state) is None
-    with lock(state):
-        assert holder(state) is not None
-
-
-def test_after_a_kill_the_next_start_needs_no_unlocking(state: Path) -> None:
-    with spawn(HOLD, state) as first:
-        assert first.stdout is not None
-        first.stdout.readline()
-        first.send_signal(signal.SIGKILL)
-        first.wait(30)
-    assert holder(state) is None
-    with lock(state):
-        found = holder(state)
-        assert found is not None
-        assert found.pid == os.getpid()
-
-
-def test_of_twenty_simultaneous_starts_one_runs(state: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        starts = [stack.enter_context(spawn(HOLD, state)) for _ in range(20)]
-        said = [start.stdout.readline().strip() for start in starts if start.stdout is not None]
-        assert said.count("held") == 1
-        winner = starts[said.index("held")]
-        assert {line for line in said if line != "held"} == {
-            next(line for line in said if line != "held")
-        }
-        assert all(f"pid {winner.pid} on" in line for line in said if line != "held")
-
-
-RACE = """
-import os, sys
-from pathlib import Path
-from batchrun.errors import Locked
-from batchrun.journal import lock
-state, inside = Path(sys.argv[1]), Path(sys.argv[2])
-runs = 0
-while runs < 60:
-    try:
-        with lock(state) as held:
-            fd = os.open(inside, os.O_CREAT | os.O_EXCL)  # fails when another is in here too
-            os.close(fd)
-            (state / "journal-000001.seg").write_bytes(b"x")
-            os.unlink(inside)
-            held.remove_state()
-        runs += 1
-    except Locked:
-        pass
-"""
-
-
-def test_removing_the_state_under_the_lock_never_lets_two_in(state: Path, tmp_path: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        racers = [stack.enter_context(spawn(RACE, state, tmp_path / "inside")) for _ in range(3)]
-        for racer in racers:
-            _, problems = racer.communicate(timeout=60)
-            assert (racer.returncode, problems) == (0, "")
-    assert not state.exists()
-
-
-def test_a_lock_file_that_was_removed_while_we_opened_it_is_no_lock(
-    state: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first run ends exactly between the second one's open and its flock."""
-    flock = room._flock
-    with lock(state) as first:
-
-        def flock_too_late(fd: int, how: int) -> bool:
-            monkeypatch.setattr(room, "_flock", flock)
-            first.remove_state()
-            return flock(fd, how)
-
-        monkeypatch.setattr(room, "_flock", flock_too_late)
-        with lock(state):
-            with pytest.raises(Locked), lock(state):
-                pass
-            assert holder(state) is not None
-
-
-def test_the_lock_is_held_until_its_file_is_gone(
-    state: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unlink = Path.unlink
-    tried = []
-
-    def unlink_while_another_starts(path: Path, missing_ok: bool = False) -> None:
-        with pytest.raises(Locked), lock(state):
-            pass
-        tried.append(path.name)
-        unlink(path, missing_ok=missing_ok)
-
-    with lock(state) as held:
-        fill(state)
-        monkeypatch.setattr(Path, "unlink", unlink_while_another_starts)
-        held.remove_state()
-    assert tried[-1] == "lock"
-    assert not state.exists()
-
-
-def test_a_holder_without_a_name_yet_is_not_taken_for_its_dead_predecessor(
-    state: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with spawn(HOLD, state) as dead:
-        assert dead.stdout is not None
-        dead.stdout.readline()
-    dead.wait()
-    fd = os.open(state / "lock", os.O_RDWR)
-    assert json.loads(os.pread(fd, 1000, 0))["pid"] == dead.pid
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    name = msgspec.json.encode(Holder(pid=os.getpid(), host=socket.gethostname(), since_ms=0))
-
-    def write_the_name(_: float) -> None:
-        os.pwrite(fd, name, 0)
-        os.ftruncate(fd, len(name))
-
-    monkeypatch.setattr(time, "sleep", write_the_name)
-    with pytest.raises(Locked, match=f"pid {os.getpid()} on .* since 19"), lock(state):
-        pass
-    os.close(fd)
-
-
-def test_readers_of_the_lock_do_not_keep_a_run_out(state: Path) -> None:
-    with lock(state):
-        pass
-    stop = threading.Event()
-
-    def look() -> None:
-        while not stop.is_set():
-            holder(state)
-
-    readers = [threading.Thread(target=look) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    try:
-        for _ in range(50):
-            with lock(state):
-                pass
-    finally:
-        stop.set()
-        for reader in readers:
-            reader.join()
-
-
-def test_waiting_ends_when_the_output_is_free_or_the_wait_is_cancelled(state: Path) -> None:
-    with spawn(HOLD, state) as first:
-        assert first.stdout is not None
-        first.stdout.readline()
-        cancelled = threading.Event()
-        cancelled.set()
-        with pytest.raises(Locked), lock(state, "wait", cancelled=cancelled):
-            pass
-        assert first.stdin is not None
-        first.stdin.close()
-        with lock(state, "wait", poll_s=0.01):
-            found = holder(state)
-            assert found is not None
-            assert found.pid == os.getpid()
-
-
-def test_a_symbolic_link_is_not_followed(state: Path, tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("keep me")
-    state.mkdir()
-    (state / "lock").symlink_to(precious)
-    with pytest.raises(LocalIOError), lock(state):
-        pass
-    with pytest.raises(LocalIOError):
-        holder(state)
-    (state / "journal-000001.new").symlink_to(precious)
-    with pytest.raises(LocalIOError):
-        Journal.open(state, HEADER)
-    assert precious.read_text() == "keep me"
-
-
-def test_a_directory_of_the_users_keeps_what_is_not_ours(tmp_path: Path) -> None:
-    state = tmp_path / "shared"
-    state.mkdir()
-    (state / "thesis.tex").write_text("precious")
-    with lock(state) as held:
-        fill(state)
-        write_status(state, status())
-        held.remove_state()
-    assert [path.name for path in state.iterdir()] == ["thesis.tex"]
-
-
-@pytest.mark.parametrize("name", ["out.parquet.batchrun", "given-with-state"])
-def test_the_directory_we_made_goes_whole(tmp_path: Path, name: str) -> None:
-    state = tmp_path / name
-    with lock(state):
-        pass
-    with lock(state) as held:
-        fill(state)
-        (state / "anything").mkdir()
-        (state / "anything" / "else").write_text("x")
-        held.remove_state()
-        assert not state.exists()
-        with lock(state):
-            pass
-
-
-# ── the status file ──────────────────────────────────────────────────────────────────────────────
-
-
-def status() -> Status:
-    return Status(pid=1, host="etl-3", started_at_ms=1, updated_at_ms=2, inputs=["a"], ok=3)
-
-
-def test_a_status_is_read_as_it_was_written(state: Path) -> None:
-    assert read_status(state) is None
-    write_status(state, status())
-    assert read_status(state) is None
-    state.mkdir()
-    write_status(state, status())
-    assert read_status(state) == status()
-    assert [path.name for path in state.iterdir()] == ["status.json"]
-    (state / "status.json").write_text("{")
-    assert read_status(state) is None
-
-
-def test_a_holder_is_written_as_json(state: Path) -> None:
-    with lock(state):
-        written = json.loads((state / "lock").read_text())
-        assert Holder(**written) == holder(state)

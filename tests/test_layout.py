@@ -25,6 +25,7 @@ PACKAGE = ROOT / "batchrun"
 # Bottom up. A room imports from lower layers only: those of one layer ignore each other.
 LAYERS = (
     {"errors", "types", "config", "providers"},  # vocabulary
+    {"quota", "window"},  # the two halves of limits
     {
         "prompts",
         "answers",
@@ -35,11 +36,14 @@ LAYERS = (
         "pool",
         "slots",
         "mock_replies",
+        "options",
     },  # pure logic
+    {"records", "disk"},  # what the files of a state are made of
     {
         "inputs",
         "outputs",
-        "journal",
+        "segments",
+        "lock",
         "endpoint",
         "mock_server",
         "progress",
@@ -47,9 +51,10 @@ LAYERS = (
         "saved",
         "process",
     },
+    {"journal"},  # its segments, written and read as one
     {"plan", "delivery"},  # the passes of a run, each over several edges
     {"runner"},  # the composition
-    {"views", "api"},  # what looks at runs without sending; the calls of Python programs
+    {"views", "api", "flags"},  # views of runs, the calls of Python programs, what can be typed
     {"cli", "__init__"},
     {"__main__"},
 )
@@ -60,7 +65,7 @@ LAYER_OF = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 EVERYWHERE = set(LAYER_OF)
 LIBRARY_ROOMS = {
     "aiohttp": {"endpoint", "mock_server"},
-    "click": {"cli"},
+    "click": {"cli", "flags"},
     "msgspec": EVERYWHERE,
     "pyarrow": {"inputs", "outputs"},
     "tenacity": {"retry"},

@@ -150,8 +150,9 @@ class Fake:
         drain_s: float = 25.0,
         one_model: bool = True,
         book: Book | None = None,
+        gates: Gates | None = None,
     ) -> None:
-        self.gates = Gates(window)
+        self.gates = gates or Gates(window)
         self.book = book or Book()
         self.feed = Feed()
         self.latency_s = latency_s
@@ -558,6 +559,28 @@ def test_a_bug_is_not_swallowed() -> None:
         with pytest.raises(BaseExceptionGroup) as caught:
             await Fake(map(request, range(100)), judge=judge).pool.run()
         assert caught.group_contains(ZeroDivisionError)
+
+    run(story())
+
+
+@pytest.mark.parametrize("waits_for", ["its own turn", "its model's"])
+def test_a_bug_in_a_timer_ends_the_run(waits_for: str) -> None:
+    """The loop would only log it, and the row be waited for without end."""
+
+    class Broken(Gates):
+        def __getattribute__(self, name: str) -> object:
+            if name == "window" and asyncio.get_running_loop().time() >= 5.0:
+                raise ZeroDivisionError
+            return super().__getattribute__(name)
+
+    async def story() -> None:
+        gates = Broken()
+        fake = Fake([request(0)], judge=lambda r: PASSING, patience=Patience(9.0), gates=gates)
+        if waits_for == "its model's":
+            gates.opens["m"] = 9.0
+        fake.at(99.0, lambda: fake.pool.stop(StoppedEarly("nothing happened")))
+        with pytest.raises(ZeroDivisionError):
+            await fake.pool.run()
 
     run(story())
 

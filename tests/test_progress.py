@@ -9,9 +9,20 @@ import re
 import threading
 from datetime import datetime, timedelta, timezone
 
+import msgspec
 import pytest
 
-from batchrun.progress import MINUTE_S, Progress, Snapshot, Speed, bar_tail, minute_line
+from batchrun.progress import (
+    MINUTE_S,
+    STALL_S,
+    WIDTH,
+    Progress,
+    Snapshot,
+    Speed,
+    bar_tail,
+    minute_line,
+    stall_words,
+)
 
 NOW = datetime(2026, 11, 21, 2, 0, tzinfo=timezone(timedelta(hours=1)))
 STAMP = "2026-11-21T02:00:00+01:00 "
@@ -103,11 +114,82 @@ def test_a_log_gets_one_line_a_minute_also_while_nothing_moves() -> None:
     talk.begin(100, 0)
     for step in range(int(2.5 * MINUTE_S * 5)):
         clock.now_s = step / 5
-        talk.update(Snapshot(100, 0, in_flight=1))
+        talk.update(Snapshot(100, 0, in_flight=1, longest_s=clock.now_s))
     talk.end()
     talk.close()
     lines = stream.getvalue().splitlines()
-    assert lines == [f"{STAMP}0/100 0.0 rows/s 0 tok/s 0 failed"] * 2
+    assert lines == [
+        f"{STAMP}0/100 waits for 1 answer, the longest for 1m, 0 failed",
+        f"{STAMP}0/100 waits for 1 answer, the longest for 2m, 0 failed",
+    ]
+
+
+STALLS = {
+    "answers": (
+        Snapshot(90, 0, in_flight=12, longest_s=190.0),
+        "waits for 12 answers, the longest for 3m10s (timeout 10m)",
+    ),
+    "one answer": (
+        Snapshot(90, 0, in_flight=1, longest_s=31.0),
+        "waits for 1 answer, the longest for 31s (timeout 10m)",
+    ),
+    "the quota": (Snapshot(90, 0, resting=88, bound_by="quota"), "waits for the quota"),
+    "other tries": (
+        Snapshot(90, 0, resting=1_000, bound_by="endpoint"),
+        "waits to send 1,000 rows again",
+    ),
+    "the input": (Snapshot(90, 0, bound_by="input"), "waits for the input"),
+}
+
+
+@pytest.mark.parametrize("case", STALLS)
+def test_a_stall_says_what_it_waits_for(case: str) -> None:
+    snapshot, words = STALLS[case]
+    stall = stall_words(snapshot, 600.0)
+    assert stall[0] == words
+    assert bar_tail(snapshot, Speed(), 60.0, stall=stall) == f"0/90 {words}"
+
+
+def test_what_is_known_of_a_wait_is_said_rather_than_the_stall() -> None:
+    snapshot = Snapshot(100, 0, resting=9, waiting=(40.0, "Retry-After from api.mistral.ai"))
+    stall = stall_words(snapshot, 600.0)
+    assert bar_tail(snapshot, Speed(), 60.0, stall=stall).startswith("0/100 waiting 40 s: Retry-")
+    assert minute_line(snapshot, Speed(), stall) == "0/100 waiting 40 s: Retry-After, 0 failed"
+
+
+@pytest.mark.parametrize("rows", [100, 12_672, 98_765_432])
+@pytest.mark.parametrize("case", STALLS)
+def test_a_stall_fits_its_line(case: str, rows: int) -> None:
+    snapshot = msgspec.structs.replace(STALLS[case][0], total=rows, done=rows - 1, failed=rows // 2)
+    stall = stall_words(snapshot, 600.0)
+    line = STAMP + minute_line(snapshot, Speed(), stall)
+    assert len(line) <= WIDTH
+    assert "wait" in line
+    assert len(" 63% |######    | " + bar_tail(snapshot, Speed(), 60.0, stall=stall)) <= WIDTH
+
+
+def test_a_line_of_a_stall_says_as_much_as_fits() -> None:
+    snapshot = Snapshot(12_672, 2_960, failed=2, in_flight=12, longest_s=190.0)
+    line = minute_line(snapshot, Speed(), stall_words(snapshot, 600.0))
+    assert line == "2,960/12,672 waits for 12 answers (3m10s of 10m)"
+    line = minute_line(msgspec.structs.replace(snapshot, total=100, done=0), Speed(), ())
+    assert line == "0/100 0.0 rows/s 0 tok/s 2 failed"
+
+
+@pytest.mark.parametrize("is_tty", [True, False])
+def test_only_a_run_that_does_not_move_is_stalled(is_tty: bool) -> None:
+    stream, clock = io.StringIO(), Clock()
+    talk = _progress(stream, clock, is_tty=is_tty)
+    talk.begin(100, 0, timeout_s=600.0)
+    for second in range(int(2 * MINUTE_S) + 1):
+        clock.now_s = float(second)
+        done = second if second < MINUTE_S + STALL_S else int(MINUTE_S + STALL_S)
+        talk.update(Snapshot(100, done, in_flight=3, longest_s=45.0))
+    talk.end()
+    talk.close()
+    moving, _, stalled = stream.getvalue().rpartition("rows/s")
+    assert "waits" not in moving
+    assert "waits for 3 answers" in stalled
 
 
 def test_a_terminal_gets_a_bar_and_notes_above_it() -> None:

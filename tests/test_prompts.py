@@ -14,6 +14,7 @@ from batchrun.errors import UsageError
 from batchrun.prompts import (
     Builder,
     Built,
+    Identity,
     Invalid,
     Layout,
     PromptSettings,
@@ -268,17 +269,17 @@ def test_the_command_line_replaces_and_other_sources_fill_in() -> None:
 def test_whose_model_it_is_is_told() -> None:
     own = {"messages": USER, "model": "own"}
 
-    def facts(row: dict[str, Any], settings: PromptSettings) -> tuple[str, bool, bool]:
+    def facts(row: dict[str, Any], settings: PromptSettings) -> tuple[str, bool]:
         built = build(row, settings)
         assert isinstance(built, Built)
-        return built.model, built.model_from_row, built.model_replaced
+        return built.model, built.model_from_row
 
     replacing = PromptSettings(model="m", model_replaces=True)
-    assert facts(own, PLAIN) == ("own", True, False)
-    assert facts(own, replacing) == ("m", False, True)
-    assert facts({"messages": USER, "model": "m"}, replacing) == ("m", False, False)
-    assert facts({"messages": USER}, replacing) == ("m", False, False)
-    assert facts({"messages": USER}, PromptSettings()) == ("", False, False)
+    assert facts(own, PLAIN) == ("own", True)
+    assert facts(own, replacing) == ("m", False)
+    assert facts({"messages": USER, "model": "m"}, replacing) == ("m", False)
+    assert facts({"messages": USER}, replacing) == ("m", False)
+    assert facts({"messages": USER}, PromptSettings()) == ("", False)
 
 
 def test_system_fills_in_where_a_row_has_none() -> None:
@@ -397,11 +398,44 @@ def test_a_row_that_cannot_be_sent_says_why(
 def test_a_custom_id_is_text(value: Any, text: str | None) -> None:
     assert custom_id({"custom_id": value}) == text
     assert custom_id({}) is None
-    invalid = Builder(layout([{"prompt": "x"}], PLAIN, None), PLAIN).build({"custom_id": value})
-    assert invalid == Invalid('no "prompt"', text)
 
 
 # --- bytes and identity ------------------------------------------------------------------------
+
+TEXTS = st.one_of(st.text(), st.text(st.characters()), st.sampled_from(["\x00", "null", '"\\']))
+SETTINGS = st.builds(
+    PromptSettings,
+    model=st.none() | st.text(max_size=3),
+    model_replaces=st.booleans(),
+    system=st.none() | st.text(max_size=3),
+    params=st.dictionaries(
+        st.sampled_from(["a", "messages", "model", "stream", "stream_options", "z"]),
+        st.none() | st.integers() | st.floats() | st.text(max_size=3) | st.just({"b": [1]}),
+    ),
+    params_replacing=st.frozensets(st.sampled_from(["a", "messages", "model", "stream"])),
+    stream=st.booleans(),
+    stream_usage=st.booleans(),
+)
+
+
+@given(TEXTS, SETTINGS)
+def test_a_prompt_is_one_user_message_whatever_else_is_asked(
+    text: str, settings: PromptSettings
+) -> None:
+    prompt = build({"prompt": text}, settings)
+    assert prompt == build({"messages": [{"role": "user", "content": text}]}, settings)
+
+
+@given(TEXTS, SETTINGS)
+def test_identifying_a_row_says_what_building_it_says(text: str, settings: PromptSettings) -> None:
+    for row in ({"prompt": text}, {"messages": [{"role": "user", "content": text}]}):
+        builder = Builder(layout([row], settings, None), settings)
+        built, found = builder.build(row), builder.identify(row)
+        if isinstance(built, Invalid):
+            assert found == built
+        else:
+            assert found == Identity(built.hash, built.model)
+            assert built.hash == request_hash(built.body)
 
 
 def test_a_body_is_compact_utf8_in_its_own_order() -> None:

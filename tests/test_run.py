@@ -17,11 +17,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,28 +38,10 @@ from batchrun.mock_server import (
     fault_reply,
 )
 
-ROOT = Path(__file__).parent.parent
+if TYPE_CHECKING:
+    from conftest import StartMock, StartRun, Submit
+
 WAIT_S = 30.0  # for events of another process; reached only when something is broken
-
-
-class StartMock(Protocol):
-    def __call__(
-        self, knobs: Knobs | None = None, *, respond: Respond | None = None
-    ) -> MockServerThread: ...
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        parsed: dict[str, Any] = json.loads(self.out)
-        return parsed
-
-
-Submit = Callable[..., Ended]
 
 
 @pytest.fixture(autouse=True)
@@ -72,40 +53,6 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def submit(capsys: pytest.CaptureFixture[str]) -> Submit:
-    """``submit("a.jsonl", "-c", 4)`` as on the command line, in this process."""
-
-    def run(*args: object) -> Ended:
-        code = run_command(["submit", *map(str, args)])
-        return Ended(code, *capsys.readouterr())
-
-    return run
-
-
-@contextlib.contextmanager
-def running(*args: object, **more: Any) -> Iterator[subprocess.Popen[str]]:
-    """``batchrun submit …`` as a process of its own; killed if it is still there at the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "batchrun", "submit", *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        **more,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def end_of(process: subprocess.Popen[str], stdin: str | None = None) -> Ended:
-    out, err = process.communicate(stdin, timeout=WAIT_S)
-    return Ended(process.returncode, out, err)
 
 
 def question(number: int) -> str:
@@ -258,7 +205,7 @@ def test_a_row_that_cannot_become_a_request_is_an_error_row_and_stops_nothing(
 
 
 def test_no_journaled_answer_is_asked_again_after_kill_9(
-    mock: StartMock, submit: Submit, tmp_path: Path
+    mock: StartMock, submit: Submit, tmp_path: Path, running: StartRun
 ) -> None:
     rows, killed_after = 400, 150
     holding = Holding(mock, killed_after, more=8)
@@ -288,7 +235,9 @@ def test_no_journaled_answer_is_asked_again_after_kill_9(
     assert not Path("in.results.parquet.batchrun").exists()
 
 
-def test_killed_at_any_moment_the_next_run_completes(mock: StartMock, submit: Submit) -> None:
+def test_killed_at_any_moment_the_next_run_completes(
+    mock: StartMock, submit: Submit, running: StartRun
+) -> None:
     server = mock(Knobs(latency_s=0.002))
     write_rows(range(600))
     chance = random.Random(7)
@@ -542,7 +491,7 @@ def test_mock_and_real_never_mix(mock: StartMock, submit: Submit) -> None:
 
 
 def test_answers_of_rows_that_are_gone_survive_in_the_state(
-    mock: StartMock, submit: Submit
+    mock: StartMock, submit: Submit, running: StartRun
 ) -> None:
     holding = Holding(mock, 10)
     write_rows(range(20))
@@ -592,19 +541,26 @@ def test_an_input_that_changes_while_it_is_read_is_not_published(
     assert sorted(asked(server)) == [*range(20), 99]
 
 
-def test_stdin_is_remembered_by_its_rows(mock: StartMock) -> None:
+def test_stdin_is_remembered_by_its_rows(mock: StartMock, running: StartRun) -> None:
     server = mock()
     rows = "".join(json.dumps({"prompt": question(n)}) + "\n" for n in range(5))
     command = ("-", *to(server), "-o", "out.parquet")
     with running(*command, stdin=subprocess.PIPE) as process:
-        assert end_of(process, rows).code == 0
+        assert process.end(rows).code == 0
     before = identity("out.parquet")
     with running(*command, stdin=subprocess.PIPE) as process:
-        assert end_of(process, rows).code == 0
+        assert process.end(rows).code == 0
     assert identity("out.parquet") == before
     with running(*command, stdin=subprocess.PIPE) as process:
-        assert end_of(process, rows + '{"prompt": "Question 5?"}\n').code == 0
+        assert process.end(rows + '{"prompt": "Question 5?"}\n').code == 0
     assert asked(server)[5:] == [5]
+
+
+def rows_of(out: str) -> list[dict[str, Any]]:
+    """Lines of an output, without what the last one says of the run."""
+    lines = [json.loads(line) for line in out.splitlines()]
+    del lines[-1]["batchrun"]["run"]
+    return lines
 
 
 def test_lines_on_stdout_can_be_resumed_with_a_state(mock: StartMock, submit: Submit) -> None:
@@ -615,7 +571,7 @@ def test_lines_on_stdout_can_be_resumed_with_a_state(mock: StartMock, submit: Su
     assert len(ended.out.splitlines()) == 5
     again = submit("in.jsonl", *to(server), "-o", "-", "--state", "state")
     assert again.code == 0
-    assert again.out == ended.out
+    assert rows_of(again.out) == rows_of(ended.out)
     assert server.ledger.requests == 5
 
 
@@ -700,7 +656,7 @@ def test_an_output_without_a_directory_is_a_usage_error(
 
 
 def test_a_full_disk_ends_the_run_and_what_was_written_counts(
-    mock: StartMock, submit: Submit
+    mock: StartMock, submit: Submit, running: StartRun
 ) -> None:
     server = mock()
     write_rows(range(400))
@@ -709,7 +665,7 @@ def test_a_full_disk_ends_the_run_and_what_was_written_counts(
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     with running("in.jsonl", *to(server), "--json", preexec_fn=small_files_only) as process:
-        ended = end_of(process)
+        ended = process.end()
     assert ended.code == 74, ended.err
     assert "journal" in ended.summary["reason"]
     assert "Traceback" not in ended.err

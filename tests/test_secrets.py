@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -174,6 +176,69 @@ def test_the_journal_of_a_killed_run_holds_no_key() -> None:
     assert book is not None
     assert book.answers == 2
     book.close()
+    assert not secrets_in(out + err)
+    for what, text in everything_written():
+        assert not secrets_in(text), what
+
+
+def running(*python: str, url: str) -> subprocess.Popen[bytes]:
+    """``python ARGS submit …`` with the canaries, as talkative as can be."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, *python, "submit", "in.jsonl", "-c", "1", "-m", "m"),
+            *("--base-url", url, "--api-key-env", "CANARY", "-H", "@../headers.txt"),
+            *("-v", "--json", "--log-file", "log.txt"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A core file is the memory itself; whether there is one is the administrator's choice.
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
+    )
+
+
+def test_the_dump_of_a_process_that_dies_holds_no_key() -> None:
+    def respond(request: MockRequest) -> MockReply:
+        process.send_signal(signal.SIGABRT)
+        return MockReply(raw=b"", ending="hang")
+
+    with MockServerThread(respond=respond) as server:
+        process = running("-X", "faulthandler", "-m", "batchrun", url=server.url)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGABRT
+    assert b"Fatal Python error: Aborted" in err
+    assert b"batchrun/cli.py" in err
+    assert not secrets_in(out + err)
+    for what, text in everything_written():
+        assert not secrets_in(text), what
+
+
+# Bugs that know the key: where a reply is read, and where the run is put together.
+BUGS = {
+    "a request": "endpoint._parsed = broken",
+    "a callback": "limits.Limits.stop = broken",
+    "the run": "runner._Run.go = broken",
+    "the end": "report.final_block = broken",
+}
+
+
+@pytest.mark.parametrize("where", BUGS)
+def test_the_traceback_of_a_bug_holds_no_key(where: str) -> None:
+    program = f"""
+from batchrun import cli, endpoint, limits, report, runner
+def broken(*args, **more):
+    key = {KEY!r}
+    raise RuntimeError(f"{{key}} and {{{EXTRA!r}}}")
+{BUGS[where]}
+cli.main()
+"""
+    with MockServerThread(Knobs(latency_s=0.3)) as server:
+        process = running("-c", program, url=server.url)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert b"this is a bug in batchrun" in err
+    assert b"RuntimeError: [key] and [key]" in err
+    assert json.loads(out)["exit_code"] == 1
     assert not secrets_in(out + err)
     for what, text in everything_written():
         assert not secrets_in(text), what

@@ -111,7 +111,7 @@ def test_no_bytes_make_it_raise(chunks: list[bytes]) -> None:
         assembler.feed(piece)
     assembler.close()
     json.loads(assembler.body())
-    assert assembler.problem in (None, "cut", "too_large")
+    assert assembler.problem in (None, "cut", "not_utf8", "too_large")
 
 
 # Where the usage arrives (endpoints.md §3.2).
@@ -180,12 +180,12 @@ def test_a_stream_without_usage_has_none() -> None:
         pytest.param(chunk({"content": "a"}), id="clean end without finish"),
         pytest.param(HELLO[: len(HELLO) // 2], id="end inside an event"),
         pytest.param(
-            chunk({"content": "a"}) + b"data: {broken\n\n" + chunk({}, "stop") + DONE,
-            id="an unreadable event before the finish",
+            HELLO[: HELLO.index("🙂".encode()) + 2],
+            id="end inside a character",
         ),
         pytest.param(
-            chunk({"content": "a"}) + b'data: {"a":"\xff"}\n\n' + chunk({}, "stop") + DONE,
-            id="invalid UTF-8",
+            chunk({"content": "a"}) + b"data: {broken\n\n" + chunk({}, "stop") + DONE,
+            id="an unreadable event before the finish",
         ),
         pytest.param(
             event({"choices": [{"index": i, "delta": {"content": "a"}} for i in (0, 1)]})
@@ -199,6 +199,22 @@ def test_a_stream_without_usage_has_none() -> None:
 )
 def test_an_end_without_finish_is_cut(stream: bytes) -> None:
     assert assemble(stream).problem == "cut"
+
+
+@pytest.mark.parametrize("spoilt", [b"\xff", b"\xc3", b"\xed\xa0\x80"])
+def test_an_event_that_is_not_utf_8_is_no_answer(spoilt: bytes) -> None:
+    broken = chunk({"content": "ABC"}).replace(b"ABC", spoilt)
+    assert assemble(broken + chunk({}, "stop") + DONE).problem == "not_utf8"
+    assert assemble(chunk({"content": "a"}) + broken).problem == "not_utf8"
+
+
+def test_a_character_cut_in_two_by_the_network_is_whole() -> None:
+    stream = chunk({"content": "💡"}, "stop")
+    assembler = Assembler(limit_bytes=10_000)
+    for at in range(len(stream)):
+        assembler.feed(stream[at : at + 1])
+    assembler.close()
+    assert json.loads(assembler.body())["choices"][0]["message"]["content"] == "💡"
 
 
 def test_a_finish_without_done_is_an_answer() -> None:

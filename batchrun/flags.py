@@ -1,0 +1,402 @@
+"""Flags, declared once: their words in ``--help``, their variables, their keys in a config file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from datetime import time as day_time
+from typing import Any, TypeVar
+
+import click
+from msgspec import Struct
+
+from batchrun import providers
+from batchrun.config import JSONValue
+from batchrun.errors import UsageError
+from batchrun.options import DEFAULTS, ENV_PREFIX, parse_duration, strict_json
+from batchrun.providers import PROVIDERS
+
+# Config file and environment
+
+
+class ConfigFile(Struct, frozen=True):
+    """A ``--config`` file: values for Click by option name, and the ``param`` table."""
+
+    values: Mapping[str, object] = {}
+    params: Mapping[str, JSONValue] = {}
+
+
+def read_config_file(path: str, commands: Mapping[str, click.Command], command: str) -> ConfigFile:
+    """Top-level keys are options of any command; a table named as a command is for that one."""
+    try:
+        with open(path, "rb") as file:
+            tree = tomllib.load(file)
+    except OSError as exc:
+        raise UsageError(f"--config {path}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise UsageError(f"--config {path}: not TOML: {exc}") from exc
+    known = {name: settable(command) for name, command in commands.items()}
+    everywhere = set().union(*known.values())
+    shared = {key: value for key, value in tree.items() if key not in commands}
+    own = tree.get(command, {})
+    _check_keys(path, shared, everywhere)
+    for name in commands:
+        if name in tree:
+            if not isinstance(tree[name], dict):
+                raise UsageError(f"--config {path}: [{name}] must be a table")
+            _check_keys(f"{path} [{name}]", tree[name], known[name])
+    merged = {_key(key): value for key, value in {**shared, **own}.items()}
+    params = merged.pop("param", {})
+    values = {k: _for_click(k, v) for k, v in merged.items() if k in known.get(command, ())}
+    return ConfigFile(values, _toml_params(path, params))
+
+
+def settable(command: click.Command) -> set[str]:
+    """The option names that environment and config file may set."""
+    return {
+        param.name
+        for param in command.params
+        if isinstance(param, click.Option)
+        and param.name
+        and (param.envvar or param.name == "param")
+    }
+
+
+def _key(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _check_keys(where: str, table: Mapping[str, object], known: set[str]) -> None:
+    for key in table:
+        if _key(key) in FLAGS_ONLY:
+            raise UsageError(f"--config {where}: {key} can only be given on the command line")
+        if _key(key) not in known:
+            raise UsageError(f"--config {where}: unknown key {key}{_nearest(_key(key), known)}")
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _for_click(key: str, value: object) -> object:
+    """TOML's types as the texts Click's own conversions expect."""
+    if key == "header":
+        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, day_time):
+        return value.isoformat(timespec="minutes")
+    return value if isinstance(value, bool) else str(value)
+
+
+def _toml_params(path: str, params: object) -> dict[str, JSONValue]:
+    try:
+        value = strict_json(json.dumps(params, allow_nan=False))
+    except (TypeError, ValueError) as exc:
+        raise UsageError(f"--config {path}: [param] holds a value that JSON has not") from exc
+    if not isinstance(value, dict):
+        raise UsageError(f"--config {path}: param must be a table: [param]")
+    return value
+
+
+def unknown_variables(
+    environ: Mapping[str, str], commands: Mapping[str, click.Command]
+) -> list[str]:
+    """One warning for each BATCHRUN_* variable that nothing reads."""
+    options = set().union(*(settable(command) for command in commands.values()))
+    known = {ENV_PREFIX + name.upper() for name in options} | {providers.DEFAULT_KEY_ENV}
+    warnings = []
+    for name in sorted(environ):
+        if not name.startswith(ENV_PREFIX) or name in known:
+            continue
+        if name.removeprefix(ENV_PREFIX).lower() in FLAGS_ONLY:
+            warnings.append(f"{name} is ignored: only the command line can say that")
+        else:
+            warnings.append(f"{name} is unknown and ignored{_nearest(name, known)}")
+    return warnings
+
+
+# Click's side
+
+FLAGS_ONLY = frozenset(
+    {"config", "help", "limit", "output", "overwrite", "retry_failed", "version"}
+)
+_NO_VARIABLE = FLAGS_ONLY | {"param"}  # BATCHRUN_PARAM is one JSON object; see options._env_params
+
+
+def seconds(value: object) -> float:
+    if isinstance(value, (int, float)):
+        return float(value)
+    try:
+        return parse_duration(str(value))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not a duration; write 90, 90s, 5m or 1h30m"
+        ) from None
+
+
+def _number_or_auto(value: object) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return int(str(value))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
+
+
+class _Header(click.types.StringParamType):
+    def split_envvar_value(self, rv: str) -> list[str]:
+        # Click would split at spaces, which every header has.
+        return rv.splitlines()
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+Decorator = Callable[[Function], Function]
+
+
+def option(
+    *names: str,
+    default: object = None,
+    shows: str | None = None,
+    variable: bool = True,
+    **more: Any,
+) -> Decorator[Any]:
+    """An option with its BATCHRUN_* variable, if it has one, and its default in ``--help``."""
+    long = next(name for name in names if name.startswith("--")).removeprefix("--")
+    name = long.replace("-", "_")
+    if more.get("is_flag"):
+        default, shows = False, shows or "off"
+    return click.option(
+        *names,
+        name,
+        default=default,
+        show_default=shows if shows is not None else True,
+        envvar=ENV_PREFIX + name.upper() if variable and name not in _NO_VARIABLE else None,
+        **more,
+    )
+
+
+def _stack(*decorators: Decorator[Any]) -> Decorator[Any]:
+    """Several options as one decorator, in the order they are shown."""
+
+    def decorate(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def _load_config(ctx: click.Context, _param: click.Parameter, path: str | None) -> str | None:
+    group = ctx.parent.command if ctx.parent is not None else None
+    if path is not None and isinstance(group, click.Group):
+        file = read_config_file(path, group.commands, ctx.info_name or "")
+        ctx.default_map = dict(file.values)
+        ctx.meta[FILE_PARAMS] = file.params
+    return path
+
+
+FILE_PARAMS = "batchrun.file_params"
+
+INPUTS = click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+
+CONFIG = option(
+    "--config",
+    is_eager=True,
+    callback=_load_config,
+    expose_value=False,
+    metavar="FILE.toml",
+    shows="none",
+    help="Read options from this file; keys are option names.",
+)
+JSON = option("--json", is_flag=True, help="Print one JSON object on stdout at the end.")
+STATE = option(
+    "--state", metavar="DIR", shows="OUTPUT.batchrun", help="Where the journal of the run lives."
+)
+
+REQUEST = _stack(
+    option(
+        "--model", "-m", shows="the preset's", help="Model; typed here it replaces the rows' own."
+    ),
+    option(
+        "--system", "-s", metavar="TEXT", shows="none", help="System message for rows without one."
+    ),
+    option(
+        "--param",
+        multiple=True,
+        metavar="NAME=VALUE",
+        shows="none",
+        help="Any field of the request; VALUE is JSON if it parses, else a string.",
+    ),
+    option("--temperature", type=float, shows="not sent", help="Same as --param temperature=X."),
+    option("--max-tokens", type=int, shows="not sent", help="Same as --param max_tokens=N."),
+    option(
+        "--shape",
+        type=click.Choice(["batch", "messages", "prompt", "body"]),
+        shows="detected",
+        help="What a row is.",
+    ),
+    option("--prompt-column", metavar="NAME", shows="prompt", help="The column with the prompt."),
+    option(
+        "--body-columns",
+        metavar="A,B",
+        shows="none",
+        help="More columns to send as fields of the request.",
+    ),
+    option(
+        "--input-format",
+        type=click.Choice(["jsonl", "parquet"]),
+        shows="by suffix",
+        help="Format of the inputs.",
+    ),
+)
+
+ENDPOINT = _stack(
+    option(
+        "--provider",
+        metavar="NAME",
+        shows="none",
+        help=f"Preset of URL and key variable: {', '.join(PROVIDERS)}.",
+    ),
+    option(
+        "--base-url",
+        metavar="URL",
+        shows=providers.DEFAULT_BASE_URL,
+        help="Any compatible endpoint.",
+    ),
+    option(
+        "--api-key-env",
+        metavar="NAME",
+        shows="the provider's variable, else BATCHRUN_API_KEY",
+        help="The variable that holds the key.",
+    ),
+    option("--api-key-file", metavar="FILE", shows="none", help="A file that holds the key."),
+    option("--allow-http", is_flag=True, help="Let a key travel over plain http."),
+    option(
+        "--header",
+        "-H",
+        type=_Header(),
+        multiple=True,
+        metavar="'NAME: VALUE'|@FILE",
+        shows="none",
+        help="An extra header, kept secret; @FILE has one on each line.",
+    ),
+)
+
+MOCK = option("--mock", is_flag=True, help="Synthetic answers from inside: no key, no network.")
+
+DELIVERY = _stack(
+    option("--stream", is_flag=True, help="Ask for server-sent events; records ttft_s."),
+    option(
+        "--concurrency",
+        "-c",
+        type=_number_or_auto,
+        metavar="N|auto",
+        shows="auto: found while running, up to 512",
+        help="Requests in flight, at most.",
+    ),
+    option("--rpm", type=float, shows="what headers say", help="Requests a minute, at most."),
+    option("--tpm", type=float, shows="what headers say", help="Tokens a minute, at most."),
+    option(
+        "--max-retries",
+        type=int,
+        default=DEFAULTS.max_retries,
+        help="For passing failures; waiting out a rate limit does not count.",
+    ),
+    option(
+        "--max-in-doubt-retries",
+        type=int,
+        default=DEFAULTS.max_in_doubt_retries,
+        help="Of those, after attempts that may have been billed, over all runs.",
+    ),
+    option(
+        "--timeout",
+        type=seconds,
+        metavar="SECONDS",
+        default="600",
+        help="One attempt, after connecting.",
+    ),
+    option(
+        "--connect-timeout",
+        type=seconds,
+        metavar="SECONDS",
+        default="10",
+        help="DNS, TCP and TLS.",
+    ),
+    option(
+        "--max-wait",
+        type=seconds,
+        metavar="SECONDS",
+        default="600",
+        help="Longest rate-limit wait; then exit 75.",
+    ),
+    option(
+        "--max-outage",
+        type=seconds,
+        metavar="SECONDS",
+        default="600",
+        help="Longest time without success; then 75.",
+    ),
+    option(
+        "--deadline", metavar="2h|06:00", shows="none", help="Start no request after this; then 75."
+    ),
+    option(
+        "--drain",
+        type=seconds,
+        metavar="SECONDS",
+        default="25",
+        help="Wait for answers in flight at an early end.",
+    ),
+    option(
+        "--abort-after",
+        type=int,
+        default=DEFAULTS.abort_after,
+        help="Exit 4 when the first N rows all fail alike; 0: never.",
+    ),
+)
+
+ROWS = _stack(
+    option("--limit", "-n", type=int, shows="all", help="Only the first N rows."),
+    option("--retry-failed", is_flag=True, help="Also send rejected rows again."),
+    option("--overwrite", is_flag=True, help="Replace an output made otherwise; keeps it as .bak."),
+    option(
+        "--allow-failures",
+        metavar="N|P%",
+        default=str(DEFAULTS.allow_failures),
+        help="So many failed rows still exit 0.",
+    ),
+    option(
+        "--if-locked",
+        type=click.Choice(["fail", "wait", "skip"]),
+        default=DEFAULTS.if_locked,
+        help="When another run holds this output.",
+    ),
+)
+
+OUTPUT = _stack(
+    option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        shows="INPUT.results.parquet",
+        help="*.parquet, *.jsonl, or - for lines on stdout.",
+    ),
+    option(
+        "--carry",
+        metavar="all|none|A,B",
+        default="all",
+        help="Input columns that the output keeps.",
+    ),
+    option("--no-response-body", is_flag=True, help="Leave out the column response_body."),
+)
+
+TALK = _stack(
+    option("--quiet", "-q", is_flag=True, help="Nothing on success; else the final block only."),
+    option("--verbose", "-v", is_flag=True, help="Also show how the limits move."),
+    JSON,
+    option("--log-file", metavar="FILE", shows="none", help="Append a line a minute, and notes."),
+    CONFIG,
+)
