@@ -7,43 +7,50 @@ seconds), so each law below is a test on a simulated clock.
 **Gate: has the endpoint told this model to wait?** A Retry-After closes the model's gate exactly
 until then. What is in flight runs on; refusals of attempts admitted before the gate closed are
 the same signal. Reopening is paced over about one service time: everybody leaving at once is how
-a queue of waiters earns the next refusal.
+a queue of waiters earns the next refusal. A model begins like that, too. Until its first answer
+nobody knows whether there is a quota, so requests leave one by one, 64 a second: a bucket of some
+twenty is not overrun, and a first window on a slow endpoint is complete after half a second.
+Whoever names a ``--concurrency`` or an ``--rpm`` has answered the question.
 
-**Quota: is there room in the rate?** Two GCRA buckets per model, requests and tokens, asked
-together and charged together. GCRA keeps one number, the theoretical arrival time ``tat``: the
-moment from which the rate alone would allow everything admitted so far. A request may go when
+**Quota: is there room in the rate?** (``quota``) Two GCRA buckets per model, requests and tokens,
+asked together and charged together. GCRA keeps one number, the theoretical arrival time ``tat``:
+the moment from which the rate alone would allow everything admitted so far. A request may go when
 ``tat`` is no further ahead than the burst, and pushes it on by its cost. So no window of t seconds
 holds more than ``rate * t + burst``. A request that costs more than the burst waits for a full
 bucket and leaves a debt: size delays it, but nothing can overtake it for ever. Tokens are not
 known before the answer: an estimate that learns from ``usage`` is reserved and settled after.
 The rates come from ``--rpm`` and ``--tpm``, else from the endpoint's headers. Mistral's are per
-minute and say nothing of a reset, which a steady pace does not need. A refusal under a known
-quota means that our bucket is ahead of theirs: the bucket moves, the window stays.
+minute and say nothing of a reset, which a steady pace does not need; its query cost repeats what
+``usage`` says. Anthropic limits prompts and answers apart: what their usual proportion allows is
+the rate. A refusal under a known quota means that our bucket is ahead of theirs: it is emptied,
+and the window stays. Either theirs is shallower (some have room for one request and no more), so
+the burst shrinks first; or somebody else spends the same quota, so that then the pace does, by as
+much as refusals are frequent. Both come back slowly while nothing is refused.
 
-**Window: how many may be in flight?** Where nobody publishes a capacity it has to be found. The
-signal is *delivered throughput*. Each answer is a sample: how many answers arrived while its
-request was in flight, over how long that took (the delivery rate of BBR). It needs no edges of a
-measuring interval, so clumps of answers do not blur it: below capacity a window W at latency L
-yields W/L, above it the capacity, however long the server's queue. A *round* lets the first
-generation at a new size pass, which still returns at the old pace, and averages the next. Rounds
-lead from phase to phase:
+**Window: how many may be in flight?** (``window``) Where nobody publishes a capacity it has to be
+found. The signal is *delivered throughput*. Each answer is a sample: how many answers arrived
+while its request was in flight, over how long that took (the delivery rate of BBR). It needs no
+edges of a measuring interval, so clumps of answers do not blur it: below capacity a window W at
+latency L yields W/L, above it the capacity, however long the server's queue. A *round* lets the
+first generation at a new size pass, which still returns at the old pace, and averages the next.
+Rounds lead from phase to phase:
 
     slow start   double while a round delivers a quarter more than the one before; the round that
                  does not has found the plateau, also where nobody ever refuses (vLLM queues
                  without bound): hold just above the knee
     hold         now and then probe, or at once when the rate rises by itself: capacity changes
-    probe        a quarter more, or halfway to the size last refused; what paid is kept, and a
-                 probe that paid in full starts growth anew
-    cut          by CUT after a burst of refusals; when it went below capacity, probe upwards
-    undo         below capacity nobody has a reason to refuse. Where refusals go on although the
-                 cut cost throughput, undo it; if that brings the throughput back, they are not
-                 about the window (some gateways refuse at random) and are not heard for a while
+    probe        halfway to the size last refused, else a quarter more; if that paid, a small step
+                 leads to a whole one, and a whole one to slow start: capacity may have multiplied
+    cut          by CUT after a burst of refusals. When that went below capacity, probe upwards;
+                 if they go on even there, where nobody has a reason to refuse, they are not about
+                 the window (some gateways refuse at random): undo it, and hear none for a while
 
 A round in which the window was not really in use (the input or the quota set the pace) says
 nothing and changes nothing. Only overload shrinks the window: refusals that no rate explains, a
 code that says capacity, or timeouts where answers barely make it. One cut per burst: refusals of
-attempts admitted before the cut are the same signal. A refused attempt keeps its place for as
-long as an answer would have taken: an instant 429 never turns into a spin.
+attempts admitted before the cut are the same signal, and a cut is judged before the next one. A
+refused attempt keeps its place for as long as an answer would have taken, so that an instant 429
+never turns into a spin; but a few for every answer keep none, so that chance costs no throughput.
 
 **Breaker: is anybody there?** Failures across rows without an answer between open it. Then
 nothing is sent but one probe at a time, a real row on the real route, at growing intervals. Any
@@ -56,103 +63,37 @@ not up, and a person should hear of it within seconds.
 
 from __future__ import annotations
 
-import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
-from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
 from batchrun.errors import StoppedEarly
+from batchrun.quota import Quota
 from batchrun.types import Attempt, Bound, Decision, Request
-
-Phase = Literal["slow start", "hold", "probe", "cut", "undo"]
-
-# --- Quota ---------------------------------------------------------------------------------------
-
-# Sending at exactly the published rate, a server's bucket that was ever emptied (by another client,
-# by the first burst) never refills, and every jitter of the network becomes a 429.
-PACE = 0.995
-# Too small, and each late wake-up of the loop (up to 50 ms) is rate lost for good; larger, and the
-# burst is the 429 we wanted to avoid.
-BURST_S = 0.05
-# Looking up a dozen header names costs more than the rest of admission; limits change rarely.
-LOOK_EVERY_S = 0.25
-# An endpoint whose first answers name no quota rarely begins later, but a gateway may.
-FIRST_LOOKS = 8
-LOOK_AGAIN_S = 5.0
-# After a refusal under a known quota: long enough for a bucket at the other side to gain some room.
-# Doubled while refusals go on, else a quota shared with somebody else is a storm of 429s.
-MOVE_S = 0.25
-MAX_MOVE_S = 8.0
-# Before the first usage is known: English text has about four bytes a token, and answers are short.
-# Wrong guesses last for the first answers only.
-TOKENS_PER_BYTE = 0.25
-COMPLETION_TOKENS = 256.0
-# The estimate follows the file (rows are often sorted by kind) without dancing after each row.
-ESTIMATE_MEMORY = 64
+from batchrun.window import Window
 
 # --- Gate ----------------------------------------------------------------------------------------
 
+# Until the first answer nobody knows a quota, and a whole window at once is a burst of refusals
+# where there is one. At this pace a first window takes half a second, and an answer ends it sooner:
+# a small job on a slow endpoint hardly notices.
+OPENING_PACE_S = 1 / 64
 # Below this an instant server would see the whole window within a millisecond of the reopening.
 MIN_REOPENING_S = 1.0
+# Shorter waits are how some gateways say "busy"; longer ones are a quota that nobody published.
+QUOTA_WAIT_S = 1.0
 
-# --- Window --------------------------------------------------------------------------------------
+# --- Refusals ------------------------------------------------------------------------------------
 
-# Less wastes the first seconds on every healthy endpoint; more floods a laptop's Ollama.
-START_WINDOW = 32
-# A known quota paces by itself, and needs a window of its rate times the latency of an answer. Less
-# than a usual completion's, and the window, not the quota, sets the pace until growth gets there.
-SUGGESTED_S = 2.0
-# A doubled window that finds free capacity doubles the rate; one at the plateau changes nothing.
-# Below this the noise of uneven answers reads as growth; above, a server that batches (whose
-# throughput grows less than its load) is left at half of what it can do.
-GROWTH_GAIN = 1.25
-# A hold exactly at the knee idles slots whenever answers and refills are out of step.
-HOLD_MARGIN = 1.2
-# Smaller steps disappear in the noise; larger ones flood a server with a short queue.
-PROBE_STEP = 1.25
-# What share of a probe's added window must come back as throughput. Less would let noise ratchet
-# the window up; more would end growth on servers that gain less than they are given.
-PROBE_GAIN = 0.4
-# Judging by fewer answers is judging by chance: latencies of completions vary by their own size. A
-# doubling is told from a plateau by few; a quarter more needs many.
-MIN_ROUND = 16
-MIN_CAREFUL_ROUND = 128
-# A gain below this share is what chance brings.
-NOISE = 1.03
-# Probing all the time keeps a server with a short queue at its refusals; too rarely, and capacity
-# that came back stays unused. The interval doubles while probes find nothing.
-MIN_HOLD_S = 2.0
-MAX_HOLD_S = 20.0
-HOLD_LATENCIES = 8.0  # where a completion takes a minute, two seconds say nothing
-# A rate that rises this much in a hold, which is sized above the knee, is new capacity; lower,
-# and the noise of one round starts a probe.
-SURGE = 1.1
-# Halving empties the slots of a server whose queue is short; at 0.9 a capacity that halved takes
-# seven bursts of refusals to find.
-CUT = 0.7
-# So few refusals among the answers of a round are no overload: gateways drop a request now and
-# then, and a window cut for each of those never grows.
-FEW_REFUSALS = 2
-FEW_SHARE = 0.02
-# A cut that cost throughput went below capacity, where nobody has a reason to refuse. If refusals
-# go on all the same, and undoing the cut brings this much back, they are not about the window (some
-# gateways refuse at random): heeding them would end at a window of 1.
-UNDO_GAIN = 1.15
-# For how long refusals are then not heard; doubled each time, as every test costs a cut.
-MIN_TOLERANCE_S = 30.0
-MAX_TOLERANCE_S = 300.0
-# More refusals than this, and than answers, since the last change need no further judgement; fewer
-# can be chance.
-MIN_FLOOD = 8
-# Unless the window was full for half of a round, its throughput says something about the input.
-IN_USE = 0.5
 # A timeout this close to the usual latency is the server's queue; far beyond it is the row's own.
 TIMEOUT_LATENCIES = 3.0
-# Until a round is complete: 0 would let the first refusals spin, a minute would stall them.
-DEFAULT_LATENCY_S = 0.25
+# Refusals for each answer that hold no place: a gateway that refuses one request in ten, whatever
+# the load, would cost a tenth of the throughput. More, and too many in flight are refused much more
+# often than once a service time.
+FREE_REFUSALS = 0.2
+MAX_FREE_REFUSALS = 8.0
 
 # --- Breaker -------------------------------------------------------------------------------------
 
@@ -192,13 +133,18 @@ class Limits:
         self._settings = settings
         self._host = host
         self.on_change: Callable[[str], None] | None = None
-        self._window = _Window(settings, self._say)
+        self._window = Window(
+            settings.concurrency,
+            settings.max_concurrency,
+            None if settings.rpm is None else settings.rpm / 60,
+            self._say,
+        )
         self._breaker = _Breaker(host, settings.max_outage_s)
         self._models: dict[str, _Model] = {}
         self._flights: dict[int, tuple[float, int]] = {}  # id(request) -> admitted at, delivered
         self._places = _Places()
         self._verdict: StoppedEarly | None = None
-        self._is_paced = False  # the last request asked for was told to wait by gate or quota
+        self._held_by: Bound | None = None  # gate or quota held back the last request asked for
 
     @property
     def window(self) -> int:
@@ -218,20 +164,21 @@ class Limits:
             wait = self._held_back(model, now)
             if wait > 0.0:
                 return wait
-        if model.requests is not None or model.tokens is not None:
-            wait = model.wait_for_quota(request, now)
+        quota = model.quota
+        if quota.is_known:
+            wait = quota.wait(request, now)
             if wait > 0.0:
-                self._is_paced = True
+                self._held_by = "quota"
                 return wait
-            model.charge(request, now)
+            quota.charge(request, now)
         self._take(request, model, now)
         return 0.0
 
     def _take(self, request: Request, model: _Model, now: float) -> None:
         window, flights = self._window, self._flights
         flights[id(request)] = (now, window.delivered)
-        model.admitted += 1
-        self._is_paced = False
+        model.quota.admitted += 1
+        self._held_by = None
         if len(flights) + len(self._places.held) >= window.size:
             window.filled_at = now
         if self._breaker.is_open:
@@ -249,21 +196,26 @@ class Limits:
             if self._breaker.since is not None or not self._breaker.answered:
                 self._alive(now)
             window.answered(admitted_at, delivered, now)
-            if model.reserved:
-                model.settle(request, attempt)
+            if model.quota.reserved:
+                model.quota.settle(request, attempt)
+            if now >= model.quota.look_at:
+                self._look(model, attempt, admitted_at, now)
+                model.opened()
         else:
             # A refusal's own headers may explain it: read them before judging it.
-            self._look(model, attempt, now)
+            self._look(model, attempt, admitted_at, now)
             self._learn_from_failure(request, attempt, decision, admitted_at, delivered, now)
-        if now >= model.look_at:
-            self._look(model, attempt, now)
 
     def withdrawn(self, request: Request, now: float) -> None:
         """Take back the place of a request cancelled in flight; its tokens count as spent."""
         self._count_full(now)
         del self._flights[id(request)]
-        self._models[request.model].reserved.pop(id(request), None)
+        self._models[request.model].quota.forget(request)
         self._breaker.withdrawn(id(request), now)
+
+    def longest_s(self, now: float) -> float | None:
+        """How long the oldest request in flight has been there; None without any."""
+        return next((now - admitted_at for admitted_at, _ in self._flights.values()), None)
 
     def waiting(self, now: float) -> tuple[float, str] | None:
         """The longest wait that holds anything back: seconds, and for what. For the bar."""
@@ -282,8 +234,8 @@ class Limits:
 
         A busy loop looks like a slow endpoint from here: whoever measures our CPU tells them apart.
         """
-        if self._is_paced:
-            return "quota"
+        if self._held_by is not None:
+            return self._held_by
         if self._breaker.is_open or len(self._flights) >= self._window.size or self._places.held:
             return "endpoint"
         return "input"
@@ -302,12 +254,15 @@ class Limits:
     def _meet(self, name: str, now: float) -> _Model:
         if not self._models:
             self._window.begin(now)
-        model = self._models[name] = _Model(self._settings, now)
+        settings = self._settings
+        model = self._models[name] = _Model(Quota(settings.rpm, settings.tpm, now))
+        if settings.concurrency is None and settings.rpm is None:
+            model.open_slowly()
         return model
 
     def _held_back(self, model: _Model, now: float) -> float:
         if now < model.ready_at:
-            self._is_paced = True
+            self._held_by = "quota" if model.is_quota else "endpoint"
             return model.ready_at - now
         if self._breaker.is_open and (wait := self._breaker.wait(now)) > 0.0:
             return wait
@@ -340,6 +295,7 @@ class Limits:
         else:
             # A row's own error is an answer like any other: the endpoint did its work.
             self._alive(now)
+            model.opened()
             self._window.answered(admitted_at, delivered, now)
         self._hear_pushback(model, request, attempt, decision, admitted_at, now)
 
@@ -353,15 +309,17 @@ class Limits:
         now: float,
     ) -> None:
         refused = decision.kind == "rate_limit" or decision.pushback != "none"
+        quota = model.quota
         if refused:
-            model.refund(request)
-            self._places.hold(admitted_at + self._window.latency_s, now)
+            quota.refund(request)
+            window = self._window
+            self._places.refused(admitted_at + window.latency_s, window.delivered, now)
             if decision.wait_s is not None:
                 self._close_gate(model, attempt, decision.wait_s, now)
-            elif decision.pushback != "capacity" and model.has_quota:
-                model.move_buckets(admitted_at, now)
+            elif decision.pushback != "capacity" and quota.is_known and not quota.has_left:
+                quota.refused(admitted_at, now)
         else:
-            model.reserved.pop(id(request), None)
+            quota.forget(request)
         if self._is_overload(model, decision, refused, now - admitted_at):
             self._window.overloaded(admitted_at, decision.code, now)
 
@@ -371,13 +329,14 @@ class Limits:
         if decision.pushback == "capacity":
             return True
         if refused:
-            return decision.wait_s is None and not model.has_quota
+            return decision.wait_s is None and (not model.quota.is_known or model.quota.has_left)
         return decision.kind == "timeout" and flight_s < TIMEOUT_LATENCIES * self._window.latency_s
 
     def _close_gate(self, model: _Model, attempt: Attempt, wait_s: float, now: float) -> None:
         # Paced over more than the wait itself, refusals at random that name 50 ms set the pace.
         reopening_s = max(min(MIN_REOPENING_S, wait_s), self._window.latency_s)
-        model.close_gate(now + wait_s, reopening_s, self._window.size)
+        model.close(now + wait_s, reopening_s, self._window.size)
+        model.is_quota = model.quota.is_known or wait_s >= QUOTA_WAIT_S
         if wait_s > self._settings.max_wait_s and self._verdict is None:
             resets_at_ms = attempt.finished_at_ms + wait_s * 1000
             self._verdict = StoppedEarly(
@@ -389,102 +348,60 @@ class Limits:
                 ),
             )
 
-    def _look(self, model: _Model, attempt: Attempt, now: float) -> None:
-        quota = quota_named(attempt.headers)
-        if model.learn(quota, self._flights_of(model), now):
-            self._window.suggest(quota.requests_per_s or 0.0, now)
-
-    def _flights_of(self, model: _Model) -> int:
+    def _look(self, model: _Model, attempt: Attempt, admitted_at: float, now: float) -> None:
+        quota = model.quota
         # With one model, the usual case, all flights are its own; with several, this bounds them.
-        return min(len(self._flights) + 1, model.admitted)
+        in_flight = min(len(self._flights) + 1, quota.admitted)
+        requests_per_s = quota.learn(attempt.headers, in_flight, admitted_at, now)
+        if quota.is_known:
+            model.opened()
+        if requests_per_s is not None:
+            self._window.suggest(requests_per_s, now)
 
 
 class _Model:
-    """Gate and quota of one model: providers count every model apart."""
+    """The gate of one model, and its quota: providers count every model apart."""
 
     __slots__ = (
-        "_flag_requests",
-        "_flag_tokens",
-        "_move_s",
-        "_moved_at",
+        "_is_opening",
         "_pace_s",
-        "admitted",
         "closed_until",
-        "estimate",
-        "look_at",
-        "looks",
-        "met_at",
+        "is_quota",
+        "quota",
         "ready_at",
         "reopening_until",
-        "requests",
-        "reserved",
-        "tokens",
     )
 
-    def __init__(self, settings: LimitSettings, now: float) -> None:
-        self.met_at = now
-        self.admitted = 0
-        self.ready_at = 0.0  # before it, no admission: gate closed, or reopening step by step
+    def __init__(self, quota: Quota) -> None:
+        self.quota = quota
+        self.ready_at = 0.0  # before it, no admission: gate closed, or opening step by step
         self.closed_until = 0.0
+        self.is_quota = False  # what closed it last
         self.reopening_until = 0.0
+        self._is_opening = False
         self._pace_s = 0.0
-        self.look_at = 0.0
-        self.looks = 0
-        self._moved_at = -NEVER
-        self._move_s = MOVE_S
-        self._flag_requests = settings.rpm is not None
-        self._flag_tokens = settings.tpm is not None
-        self.requests = _Bucket(settings.rpm / 60, now) if settings.rpm is not None else None
-        self.tokens = _Bucket(settings.tpm / 60, now) if settings.tpm is not None else None
-        self.estimate = _Estimate()
-        self.reserved: dict[int, float] = {}  # id(request) -> tokens
 
-    @property
-    def has_quota(self) -> bool:
-        return self.requests is not None or self.tokens is not None
+    def open_slowly(self) -> None:
+        """Let requests go one by one until an answer shows what the endpoint allows."""
+        self._is_opening = True
+        self.reopening_until = NEVER
+        self._pace_s = OPENING_PACE_S
 
-    def wait_for_quota(self, request: Request, now: float) -> float:
-        wait = 0.0 if self.requests is None else self.requests.wait(1.0, now)
-        if self.tokens is not None:
-            wait = max(wait, self.tokens.wait(self.estimate.tokens(request), now))
-        # What floating point leaves over is not worth a timer.
-        return wait if wait > 1e-6 else 0.0
+    def opened(self) -> None:
+        """An answer is there: no more reason to go slowly."""
+        if self._is_opening:
+            self._is_opening = False
+            self.ready_at = self.reopening_until = 0.0
 
-    def charge(self, request: Request, now: float) -> None:
-        if self.requests is not None:
-            self.requests.take(1.0, now)
-        if self.tokens is not None:
-            cost = self.reserved[id(request)] = self.estimate.tokens(request)
-            self.tokens.take(cost, now)
-
-    def settle(self, request: Request, attempt: Attempt) -> None:
-        """Replace the reserved tokens by those the endpoint counted."""
-        reserved = self.reserved.pop(id(request), None)
-        usage = attempt.reply.usage if attempt.reply is not None else None
-        if usage is None or usage.prompt_tokens is None:
-            return
-        completion = usage.completion_tokens or 0
-        self.estimate.learn(len(request.body), usage.prompt_tokens, completion)
-        if reserved is not None and self.tokens is not None:
-            self.tokens.settle(
-                max(usage.total_tokens or 0, usage.prompt_tokens + completion) - reserved
-            )
-
-    def refund(self, request: Request) -> None:
-        """A refused request was counted as a request, but its tokens were not spent."""
-        reserved = self.reserved.pop(id(request), None)
-        if reserved is not None and self.tokens is not None:
-            self.tokens.settle(-reserved)
-
-    def close_gate(self, until: float, reopening_s: float, window: int) -> None:
+    def close(self, until: float, reopening_s: float, window: int) -> None:
+        """Let nothing go before ``until``; unless a quota paces, reopen step by step."""
         if until <= self.closed_until:
             return
+        self._is_opening = False
         self.ready_at = self.closed_until = until
-        # A known quota paces by itself, from an empty bucket.
-        for bucket in (self.requests, self.tokens):
-            if bucket is not None:
-                bucket.drain(until)
-        if not self.has_quota:
+        # A known quota paces by itself.
+        self.quota.empty(until)
+        if not self.quota.is_known:
             self.reopening_until = until + reopening_s
             self._pace_s = reopening_s / window
 
@@ -494,361 +411,24 @@ class _Model:
         else:
             self.reopening_until = 0.0
 
-    def move_buckets(self, admitted_at: float, now: float) -> None:
-        """A refusal in spite of the pace: their bucket is emptier than ours; once per burst."""
-        if admitted_at < self._moved_at:
-            return
-        recent = now - self._moved_at < 10 * self._move_s
-        self._move_s = min(2 * self._move_s, MAX_MOVE_S) if recent else MOVE_S
-        self._moved_at = now
-        for bucket in (self.requests, self.tokens):
-            if bucket is not None:
-                bucket.calm()
-                bucket.drain(now + self._move_s)
-
-    def learn(self, quota: Quota, in_flight: int, now: float) -> bool:
-        """Take over what an answer's headers say; True when a rate of requests is new."""
-        self.looks += 1
-        named = quota.requests_per_s is not None or quota.tokens_per_s is not None
-        if named:
-            self.look_at = now + LOOK_EVERY_S
-        elif self.looks >= FIRST_LOOKS:
-            self.look_at = now + LOOK_AGAIN_S
-        is_new = False
-        if quota.requests_per_s is not None and not self._flag_requests:
-            is_new = self.requests is None
-            self.requests = self._rated(self.requests, quota.requests_per_s, 1.0, in_flight, now)
-        if quota.tokens_per_s is not None and not self._flag_tokens:
-            cost = self.estimate.typical
-            self.tokens = self._rated(self.tokens, quota.tokens_per_s, cost, in_flight, now)
-        if self.requests is not None and quota.requests_left == 0:
-            self.requests.drain(now)
-        if self.tokens is not None and quota.tokens_left == 0:
-            self.tokens.drain(now)
-        return is_new
-
-    def _rated(
-        self, bucket: _Bucket | None, rate: float, cost: float, in_flight: int, now: float
-    ) -> _Bucket:
-        if bucket is not None:
-            bucket.change_rate(rate, now)
-            return bucket
-        # What left before the quota was known counts, else the run's first second is double; but
-        # no more than what is in flight, else a limit named late would cost minutes.
-        bucket = _Bucket(rate, now)
-        spent_since_met = self.met_at + self.admitted * cost * bucket.unit_s
-        bucket.tat = max(now, min(spent_since_met, now + in_flight * cost * bucket.unit_s))
-        return bucket
-
-
-class _Bucket:
-    """One GCRA: ``rate`` units a second with a burst of ``depth`` units."""
-
-    __slots__ = ("depth", "rate", "tat", "unit_s")
-
-    def __init__(self, rate: float, now: float) -> None:
-        self._set_rate(rate)
-        self.tat = now
-
-    def _set_rate(self, rate: float) -> None:
-        self.rate = rate
-        self.unit_s = 1.0 / (rate * PACE)
-        self.depth = max(1.0, rate * BURST_S)
-
-    def wait(self, cost: float, now: float) -> float:
-        """Seconds until ``cost`` fits, or until the bucket is full if it never fits; or <= 0."""
-        spare = self.depth - cost
-        return self.tat - (spare * self.unit_s if spare > 0.0 else 0.0) - now
-
-    def take(self, cost: float, now: float) -> None:
-        self.tat = max(self.tat, now) + cost * self.unit_s
-
-    def settle(self, difference: float) -> None:
-        self.tat += difference * self.unit_s
-
-    def drain(self, until: float) -> None:
-        """Be empty at ``until``: the rate, without a burst, from then on."""
-        self.tat = max(self.tat, until + self.depth * self.unit_s)
-
-    def calm(self) -> None:
-        """Their bucket is not as deep as we believed."""
-        self.depth = max(1.0, self.depth / 2)
-
-    def change_rate(self, rate: float, now: float) -> None:
-        if rate == self.rate:
-            return
-        debt = max(0.0, self.tat - now) / self.unit_s
-        self._set_rate(rate)
-        self.tat = now + debt * self.unit_s
-
-
-class _Estimate:
-    """How many tokens a request will cost, learned from the usage of those before it."""
-
-    __slots__ = ("_completion", "_seen", "_tokens_per_byte", "typical")
-
-    def __init__(self) -> None:
-        self._tokens_per_byte = TOKENS_PER_BYTE
-        self._completion = COMPLETION_TOKENS
-        self._seen = 0
-        self.typical = COMPLETION_TOKENS
-
-    def tokens(self, request: Request) -> float:
-        return self._tokens_per_byte * len(request.body) + self._completion
-
-    def learn(self, size_bytes: int, prompt: int, completion: int) -> None:
-        self._seen = min(self._seen + 1, ESTIMATE_MEMORY)
-        weight = 1 / self._seen
-        self._tokens_per_byte += weight * (prompt / max(1, size_bytes) - self._tokens_per_byte)
-        self._completion += weight * (completion - self._completion)
-        self.typical = prompt + completion
-
-
-class _Window:
-    """How many may be in flight: found by what comes back (see the essay)."""
-
-    def __init__(self, settings: LimitSettings, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._is_fixed = settings.concurrency is not None
-        self._cap = settings.concurrency or settings.max_concurrency
-        self._start = self._cap if self._is_fixed else min(START_WINDOW, self._cap)
-        if not self._is_fixed and settings.rpm is not None:
-            self._start = self._suggested(settings.rpm / 60)
-        self.size = self._start
-        self.delivered = 0
-        self.latency_s = DEFAULT_LATENCY_S
-        self.full_s = 0.0  # time during which all places were taken
-        self.filled_at = 0.0
-        self._phase: Phase = "slow start"
-        self._before: _Level | None = None  # what this round is compared with
-        self._ceiling: int | None = None  # the size last refused, until growth passes it
-        self._hold_s = MIN_HOLD_S
-        self._probe_at = 0.0
-        self._judged = _Level(self.size, 0.0)
-        self._tolerance_s = MIN_TOLERANCE_S
-        self._tolerant_until = -NEVER
-        self._resized_at = -NEVER
-        self._begin_round(0.0, self._growth_round())
-
-    def begin(self, now: float) -> None:
-        """The first request is about to leave."""
-        self._begin_round(now, self._growth_round())
-
-    def answered(self, admitted_at: float, delivered: int, now: float) -> None:
-        """Count an answer, and judge the round when it is complete."""
-        self.delivered += 1
-        if self._unsettled:
-            self._unsettled -= 1
-        elif admitted_at >= self._round_at:
-            self._samples += 1
-            self._arrivals += self.delivered - delivered
-            self._flight_s += now - admitted_at
-            if self._samples >= self._needed:
-                self._judge(now)
-
-    def overloaded(self, admitted_at: float, code: str, now: float) -> None:
-        """Hear that the endpoint has too much on its hands: one cut per burst."""
-        if self._is_fixed or admitted_at <= self._resized_at:
-            return
-        self._refusals += 1
-        answers = self.delivered - self._delivered_before
-        if self._refusals <= FEW_REFUSALS + FEW_SHARE * answers:
-            return
-        # A cut is judged before the next one, unless it plainly was not enough.
-        waits = self._phase in ("cut", "undo") or now < self._tolerant_until
-        if waits and self._refusals <= max(MIN_FLOOD, answers):
-            return
-        why = f"refused ({code})" if code else "overloaded"
-        self._ceiling = self.size
-        if self._phase == "probe" and self._before is not None:
-            self._back_off(self._before.size, f"the probe was {why}", now)
-            return
-        self._before = self._level() if self._samples >= MIN_ROUND else self._judged
-        self._phase = "cut"
-        self._resize(max(1, int(self.size * CUT)), why, now)
-        self._begin_round(now, max(MIN_ROUND, self.size))
-
-    def suggest(self, requests_per_s: float, now: float) -> None:
-        """Begin where a quota just learned says that work will be."""
-        size = self._suggested(requests_per_s)
-        if not self._is_fixed and size > self.size:
-            self._phase, self._before, self._ceiling = "slow start", None, None
-            self._resize(size, "the quota suggests it", now)
-            self._begin_round(now, self._growth_round())
-
-    def restart(self, why: str, now: float) -> None:
-        """After an outage: what held before is no guide, and a cold server wants a slow start."""
-        if self._is_fixed:
-            return
-        self._phase, self._before, self._ceiling = "slow start", None, None
-        self._hold_s = MIN_HOLD_S
-        self._resize(min(self.size, self._start), why, now)
-        self._begin_round(now, self._growth_round())
-
-    def _suggested(self, requests_per_s: float) -> int:
-        return min(self._cap, max(START_WINDOW, int(requests_per_s * SUGGESTED_S)))
-
-    def _begin_round(self, now: float, needed: int, *, settled: bool = False) -> None:
-        # The first generation at a new size still returns at the pace of the old one.
-        self._unsettled = 0 if settled else self.size
-        self._round_at = now
-        self._needed = needed
-        self._samples = 0
-        self._arrivals = 0
-        self._flight_s = 0.0
-        self._refusals = 0
-        self._delivered_before = self.delivered
-        self._full_before_s = self.full_s
-
-    def _growth_round(self) -> int:
-        return max(MIN_ROUND, self.size // 2)
-
-    def _careful_round(self) -> int:
-        return max(MIN_ROUND, min(MIN_CAREFUL_ROUND, 8 * self.size), 2 * self.size)
-
-    def _level(self) -> _Level:
-        return _Level(self.size, self._arrivals / max(self._flight_s, 1e-9))
-
-    def _judge(self, now: float) -> None:
-        level = self._judged = self._level()
-        self.latency_s = self._flight_s / self._samples
-        in_use_s = self.full_s - self._full_before_s
-        if self._is_fixed or in_use_s < IN_USE * (now - self._round_at):
-            self._begin_round(now, self._needed, settled=True)
-        elif self._phase == "slow start":
-            self._judge_growth(level, now)
-        elif self._phase == "hold":
-            self._judge_hold(level, now)
-        elif self._phase == "probe":
-            self._judge_probe(level, now)
-        elif self._phase == "cut":
-            self._judge_cut(level, now)
-        else:
-            self._judge_undo(level, now)
-
-    def _judge_growth(self, level: _Level, now: float) -> None:
-        before = self._before
-        if before is None or level.rate >= GROWTH_GAIN * before.rate:
-            self._grow(level, now)
-            return
-        knee = before.size * max(1.0, level.rate / before.rate) * HOLD_MARGIN
-        self._resize(min(self.size, int(knee)), "no more throughput: plateau", now)
-        self._hold(now)
-
-    def _judge_hold(self, level: _Level, now: float) -> None:
-        before, self._before = self._before, level
-        # A rate that rises by itself is capacity coming back.
-        is_time = now >= self._probe_at or (before is not None and level.rate > SURGE * before.rate)
-        if is_time and self.size < self._cap:
-            self._probe(level, "probing", now)
-        else:
-            self._begin_round(now, self._careful_round(), settled=True)
-
-    def _judge_probe(self, level: _Level, now: float) -> None:
-        before = self._before
-        assert before is not None
-        gain = level.rate / before.rate
-        if gain >= 1 + PROBE_GAIN * (self.size / before.size - 1):
-            self._hold_s = MIN_HOLD_S
-            if self._ceiling is not None and self.size < self._ceiling:
-                self._probe(level, "throughput grew", now)
-            else:
-                self._ceiling = None
-                self._phase = "slow start"
-                self._grow(level, now)
-            return
-        # Keep the part that paid: just below capacity, a whole step never does.
-        paid = int(before.size * gain) if gain > NOISE else before.size
-        self._back_off(min(self.size, paid), "the probe found no more", now)
-
-    def _judge_cut(self, level: _Level, now: float) -> None:
-        before = self._before
-        assert before is not None
-        if level.rate > before.rate / NOISE:
-            self._hold(now)
-        elif self._refusals:
-            # Below capacity nobody has a reason to refuse: does the throughput come back?
-            self._phase = "undo"
-            self._before = level
-            self._resize(before.size, "fewer in flight are refused all the same", now)
-            self._begin_round(now, max(MIN_ROUND, self.size))
-        else:
-            # The cut went below capacity, which is thus known to lie between the two.
-            self._probe(level, "the cut cost throughput", now)
-
-    def _judge_undo(self, level: _Level, now: float) -> None:
-        before = self._before
-        assert before is not None
-        if level.rate < UNDO_GAIN * before.rate:
-            self._tolerance_s = MIN_TOLERANCE_S
-            self._back_off(before.size, "fewer in flight deliver as much", now)
-            return
-        pause_s = max(self._tolerance_s, HOLD_LATENCIES * self.latency_s)
-        self._tolerance_s = min(MAX_TOLERANCE_S, 2 * self._tolerance_s)
-        self._tolerant_until = now + pause_s
-        self._ceiling = None
-        self._hold(now, pause_s=0.0)
-
-    def _grow(self, level: _Level, now: float) -> None:
-        self._before = level
-        if self.size >= self._cap:
-            self._hold(now)
-            return
-        self._resize(min(self._cap, 2 * self.size), "throughput grew", now)
-        self._begin_round(now, self._growth_round())
-
-    def _probe(self, level: _Level, why: str, now: float) -> None:
-        self._before = level
-        self._phase = "probe"
-        self._resize(self._probe_size(), why, now)
-        self._begin_round(now, self._careful_round())
-
-    def _probe_size(self) -> int:
-        # Between what works and what was refused, the middle; once they meet, capacity may have
-        # grown in the meantime.
-        if self._ceiling is not None and self._ceiling - self.size > max(1, self.size // 16):
-            return (self.size + self._ceiling) // 2
-        self._ceiling = None
-        return min(self._cap, max(self.size + 1, int(self.size * PROBE_STEP)))
-
-    def _back_off(self, size: int, why: str, now: float) -> None:
-        self._hold_s = min(MAX_HOLD_S, 2 * self._hold_s)
-        self._resize(size, why, now)
-        self._hold(now)
-
-    def _hold(self, now: float, pause_s: float | None = None) -> None:
-        self._phase = "hold"
-        self._before = None
-        self._probe_at = now + (self._pause_s() if pause_s is None else pause_s)
-        self._begin_round(now, self._careful_round())
-
-    def _pause_s(self) -> float:
-        return max(self._hold_s, min(MAX_HOLD_S, HOLD_LATENCIES * self.latency_s))
-
-    def _resize(self, size: int, why: str, now: float) -> None:
-        self._resized_at = now
-        if size != self.size:
-            self._say(f"window {self.size} -> {size}: {why}")
-            self.size = size
-
-
-class _Level(NamedTuple):
-    """What one round at one size brought."""
-
-    size: int
-    rate: float  # answers a second
-
 
 class _Places:
     """Places of refused attempts, held for as long as an answer would have taken."""
 
-    __slots__ = ("held",)
+    __slots__ = ("_delivered", "_free", "held")
 
     def __init__(self) -> None:
         self.held: deque[float] = deque()
+        self._free = 0.0  # refusals that hold no place
+        self._delivered = 0
 
-    def hold(self, until: float, now: float) -> None:
-        if until > now:
+    def refused(self, until: float, delivered: int, now: float) -> None:
+        earned = FREE_REFUSALS * (delivered - self._delivered)
+        self._free = min(MAX_FREE_REFUSALS, self._free + earned)
+        self._delivered = delivered
+        if self._free >= 1.0:
+            self._free -= 1.0
+        elif until > now:
             self.held.append(until)
 
     def wait(self, free: int, now: float) -> float:
@@ -952,94 +532,6 @@ class _Breaker:
         return self._probes_failed >= UNREACHED_PROBES or (
             down_s >= UNREACHED_S and self._probes_failed >= UNREACHED_SLOW_PROBES
         )
-
-
-class Quota(NamedTuple):
-    """What one answer's headers say; None where they are silent."""
-
-    requests_per_s: float | None = None
-    tokens_per_s: float | None = None
-    requests_left: float | None = None
-    tokens_left: float | None = None
-
-
-class _Names(NamedTuple):
-    limit: str
-    remaining: str
-    reset: str = ""  # only where it tells a day's quota from a minute's
-
-
-_REQUEST_NAMES = (
-    _Names("x-ratelimit-limit-req-minute", "x-ratelimit-remaining-req-minute"),  # Mistral
-    _Names(  # OpenAI, Azure: per minute; Groq and small OpenAI tiers: per day
-        "x-ratelimit-limit-requests",
-        "x-ratelimit-remaining-requests",
-        "x-ratelimit-reset-requests",
-    ),
-    _Names("anthropic-ratelimit-requests-limit", "anthropic-ratelimit-requests-remaining"),
-)
-_TOKEN_NAMES = (
-    _Names("x-ratelimit-limit-tokens-minute", "x-ratelimit-remaining-tokens-minute"),
-    _Names("x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"),
-    _Names("anthropic-ratelimit-tokens-limit", "anthropic-ratelimit-tokens-remaining"),
-)
-MINUTE_S = 60.0
-DAY_S = 86_400.0
-
-
-def quota_named(headers: Mapping[str, str]) -> Quota:
-    """Read the quota of §5.1's dialects: Mistral, OpenAI, Azure, Groq, Cerebras, Anthropic.
-
-    A day's quota sets no pace: spread over the day it would idle what the user may spend now. When
-    it is used up, the refusal names its wait.
-    """
-    requests_per_s, requests_left = _rate(headers, _REQUEST_NAMES)
-    tokens_per_s, tokens_left = _rate(headers, _TOKEN_NAMES)
-    return Quota(requests_per_s, tokens_per_s, requests_left, tokens_left)
-
-
-def _rate(
-    headers: Mapping[str, str], dialects: tuple[_Names, ...]
-) -> tuple[float | None, float | None]:
-    for names in dialects:
-        limit = _number(headers.get(names.limit))
-        if limit is None or limit <= 0:  # Azure sends -1 and 0 for "not told"
-            continue
-        remaining = _number(headers.get(names.remaining))
-        if _period_s(limit, remaining, headers.get(names.reset)) > MINUTE_S:
-            return None, None
-        return limit / MINUTE_S, remaining
-    return None, None
-
-
-def _period_s(limit: float, remaining: float | None, reset: str | None) -> float:
-    """Whether a limit is a minute's or a day's: the reset is the time to regain what was used."""
-    reset_s = duration_s(reset) if reset else None
-    if reset_s is None or remaining is None or remaining >= limit:
-        return MINUTE_S
-    period_s = reset_s * limit / (limit - remaining)
-    # Halfway between the two on a logarithmic scale: rounding of resets is far smaller than that.
-    return DAY_S if period_s > (MINUTE_S * DAY_S) ** 0.5 else MINUTE_S
-
-
-_GO_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|h|m|s)")
-_UNIT_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-
-
-def duration_s(text: str) -> float | None:
-    """Seconds of a Go duration (``6m0s``, ``20ms``) or of a bare number."""
-    parts = _GO_DURATION.findall(text)
-    if parts and "".join(number + unit for number, unit in parts) == text.strip():
-        return sum(float(number) * _UNIT_S[unit] for number, unit in parts)
-    return _number(text)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        number = float(text) if text is not None else None
-    except ValueError:
-        return None
-    return number if number is not None and abs(number) < NEVER else None
 
 
 def _span(seconds: float) -> str:

@@ -101,7 +101,8 @@ PROFILES = {
             "50 ms latency, 64 in flight, every tenth request answered 429",
             Endpoint(latency_s=0.05, refused_share=0.1),
             in_flight=64,
-            rows=10_000,
+            # Half a minute: the last rows refused end after several back-offs, whoever sends them.
+            rows=40_000,
         ),
         Profile(
             "bucket-100",

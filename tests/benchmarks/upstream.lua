@@ -8,6 +8,7 @@
 local semaphore = require "ngx.semaphore"
 
 local PATIENCE_S = 3600 -- the longest wait for a slot
+local ROUNDING = 1e-4 -- of times since 1970 in milliseconds, times a rate
 local REFUSAL = '{"object":"error","message":"Requests rate limit exceeded",'
     .. '"type":"rate_limited","param":null,"code":"1300"}'
 
@@ -50,8 +51,8 @@ local function refused_by_quota(e, now)
         e.tokens = math.min(e.burst, e.tokens + (now - e.refilled) * e.rate_per_s)
     end
     e.refilled = now
-    local refused = e.tokens < 1
-    if not refused then e.tokens = e.tokens - 1 end
+    local refused = e.tokens < 1 - ROUNDING
+    if not refused then e.tokens = math.max(0, e.tokens - 1) end
     ngx.header["x-ratelimit-limit-req-minute"] = e.rate_per_s * 60
     ngx.header["x-ratelimit-remaining-req-minute"] = math.floor(e.tokens)
     return refused
