@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from batchrun.accounting import MAX_CAUSES, OTHER_CODES, OutputTally, RunTally
-from batchrun.types import NO_USAGE, Answer, Decision, Outcome, Reply, Usage
+from batchrun.types import NO_USAGE, Answer, Answers, Decision, Outcome, Reply, Tokens, Usage
 
 OK = Outcome(
     hash=b"h" * 16,
@@ -123,6 +125,46 @@ def test_repeats_and_models_of_an_output_are_known() -> None:
     )
     assert tally.request_models == ["b", "a"]
     assert tally.rows.duplicate == 1
+
+
+_count = st.none() | st.integers(0, 9)
+_rows = st.tuples(
+    st.builds(Usage, _count, _count, _count, _count, _count),
+    st.integers(0, 2),
+    st.sampled_from(["", "a", "b"]),
+    st.none() | st.sampled_from(["", "hi"]),
+    st.none() | st.sampled_from(["stop", "length", "content_filter"]),
+    st.none() | st.just("[]"),
+    st.booleans(),
+)
+
+
+@given(st.lists(_rows))
+def test_rows_told_together_count_as_rows_told_one_by_one(
+    rows: list[tuple[Usage, int, str, str | None, str | None, str | None, bool]],
+) -> None:
+    singly, together = OutputTally(), OutputTally()
+    for usage, occurrence, model, response, reason, tool_calls, refusal in rows:
+        outcome = replace(OK, usage=usage, occurrence=occurrence, model=model)
+        answer = Answer(response, reason, tool_calls=tool_calls, refusal=refusal)
+        singly.add(outcome, None, answer, "", "")
+    usages = [row[0] for row in rows]
+    tokens = Tokens(
+        *([getattr(usage, name) for usage in usages] for name in Usage.__struct_fields__)
+    )
+    nothing = [None] * len(rows)
+    answers = Answers(
+        [row[3] for row in rows],
+        [row[4] for row in rows],
+        nothing,
+        nothing,
+        [row[5] for row in rows],
+        [row[6] for row in rows],
+    )
+    together.add_ok([row[2] for row in rows], [row[1] for row in rows], tokens, answers)
+    assert together.rows == singly.rows
+    assert together.tokens == singly.tokens
+    assert together.request_models == singly.request_models
 
 
 def test_attempts_of_a_run_are_told_once_each() -> None:

@@ -312,6 +312,35 @@ _values: st.SearchStrategy[Any] = st.recursive(
 )
 
 
+_USUAL = of_content("x")
+_SEVERAL = (
+    _USUAL,
+    completion(choice(content=None, refusal="no")),
+    completion(choice(1, content="b"), choice(0, content="a")),
+    completion(choice(content="x", reasoning="because")),
+    completion(choice(content=None, tool_calls=[{"id": "a"}])),
+    completion(choice(content=[{"type": "text", "text": "part"}])),
+    b"<html>",
+    answers.NOTHING,
+)
+
+
+@given(st.lists(st.sampled_from(_SEVERAL) | _values.map(json.dumps).map(str.encode)))
+def test_several_bodies_are_read_as_one_by_one(bodies: list[bytes]) -> None:
+    together = answers.columns(bodies)
+    each = [answers.answer(body) for body in bodies]
+    assert list(together.responses) == [answer.response for answer in each]
+    assert list(together.finish_reasons) == [answer.finish_reason for answer in each]
+    assert list(together.response_models) == [answer.response_model for answer in each]
+    assert list(together.reasonings) == [answer.reasoning for answer in each]
+    assert list(together.tool_calls) == [answer.tool_calls for answer in each]
+    assert list(together.refusals) == [answer.refusal for answer in each]
+
+
+def test_nothing_fills_no_column() -> None:
+    assert answers.answer(answers.NOTHING) == Answer()
+
+
 def assert_nothing_raises(body: bytes) -> None:
     reply, answer = answers.parse(body), answers.answer(body)
     assert reply.usage == answer.usage

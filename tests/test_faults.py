@@ -8,11 +8,13 @@ each.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from crash_harness import Launcher, held, published, write_rows
+from crash_harness import ROOT, Launcher, held, published, write_rows
 
 from batchrun.mock_server import MockServerThread
 
@@ -223,3 +225,31 @@ def test_a_full_disk_names_the_file_and_leaves_the_earlier_output_as_it_was(
     assert launcher.run(*command(server), cwd=tmp_path)[0] == 0
     assert not (asked(server) - before) - (Counter(numbers) - answered)
     assert [row["n"] for row in published(output)] == numbers
+
+
+# Power loss
+
+
+@pytest.mark.skipif(bool(NO_TRACE), reason=NO_TRACE)
+def test_the_answers_of_a_second_share_one_fdatasync(
+    server: MockServerThread, tmp_path: Path
+) -> None:
+    per_s, rows = 200, 600
+    write_rows(tmp_path / "in.jsonl", range(rows))
+    log = tmp_path / "strace.log"
+    done = subprocess.run(
+        [
+            *("strace", "-f", "-qq", "-e", "trace=fdatasync", "-o", log),
+            *(sys.executable, "-m", "batchrun", *command(server)),
+            *("--rpm", str(60 * per_s), "--json"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=True,
+    )
+    seconds = json.loads(done.stdout)["wall_s"]
+    assert seconds > rows / per_s - 1
+    # One more when the journal is begun, one when all is sent.
+    calls = [line for line in log.read_text().splitlines() if line.endswith("= 0")]
+    assert seconds / 2 <= len(calls) <= 1.1 * seconds + 2, log.read_text()

@@ -289,6 +289,14 @@ def test_a_line_of_ten_megabytes_is_read(tmp_path: Path) -> None:
     assert [row["prompt"] for _, row in verdicts(path)] == ["x", text, "y"]
 
 
+def test_of_an_over_long_line_no_more_is_kept_than_shows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inputs, "_LINE_LIMIT_BYTES", 20)
+    pieces = [b"short\n", *[b"a" * 10] * 5, b"aaa\nb", b"c"]
+    assert list(inputs._split(pieces)) == [[b"short"], [b"a" * 20 + b"aaa"], [b"bc"]]
+
+
 def test_a_line_without_end_is_skipped_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

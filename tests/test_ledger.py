@@ -11,17 +11,19 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import WAIT_S, StartMock, StartRun, Submit
 from crash_harness import write_rows
 
 from batchrun import runner
 from batchrun.config import RunConfig
-from batchrun.mock_server import Entry, Knobs, Ledger, MockServer
+from batchrun.mock_server import Entry, Knobs, Ledger, MockReply, MockRequest, MockServer
 from batchrun.providers import resolve
 from batchrun.types import RunSummary, Usage
 
@@ -37,7 +39,7 @@ FAULTS = (
     *("disconnect", "reset", "close-after", "reset-after"),
     *("cut", "cut-chunk", "cut-silent", "truncated_json"),
     *("garbage", "html", "empty", "no_choices", "error-200", "blank_lines"),
-    *("hang", "deep_json", "bad_head", "huge_header"),
+    *("hang", "deep_json", "bad_head", "huge_header", "invalid_utf8"),
 )
 STREAM_FAULTS = ("stream-error", "stream-cut", "stream-no-finish", "stream-eof")
 
@@ -150,3 +152,50 @@ def test_the_ledger_balances(first: int, tmp_path: Path) -> None:
         met += books.ledger.faults
     # A fault that no request met proves nothing.
     assert len(met) >= len(FAULTS) // 2
+
+
+# In doubt, over all runs of an output
+
+
+def test_a_row_killed_in_flight_is_sent_so_often_and_then_only_on_demand(
+    mock: StartMock, running: StartRun, submit: Submit, tmp_path: Path
+) -> None:
+    doubtful = "answer 1"
+    hung = threading.Semaphore(0)
+    hangs = True
+
+    def respond(request: MockRequest) -> MockReply | None:
+        if not hangs or request.prompt != doubtful:
+            return None
+        hung.release()
+        return MockReply(raw=b"", ending="hang")
+
+    server = mock(respond=respond)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "answer 1"}\n{"prompt": "answer 2"}\n')
+    arguments = (
+        *(tmp_path / "in.jsonl", "-o", tmp_path / "out.parquet", "--base-url", server.url),
+        *("-m", "m", "--max-in-doubt-retries", 1, "--json"),
+    )
+    for _ in range(2):  # the first sending, and the one repetition
+        with running(*arguments) as process:
+            assert hung.acquire(timeout=WAIT_S)
+            process.kill()
+            process.wait()
+    sent = [entry.prompt for entry in server.ledger.entries].count(doubtful)
+    assert sent == 2
+
+    ended = submit(*arguments)
+    assert ended.code == 3
+    assert [entry.prompt for entry in server.ledger.entries].count(doubtful) == sent
+    row, other = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert (row["status"], row["error_code"], row["in_doubt_attempts"]) == ("error", "in_doubt", 2)
+    assert other["status"] == "ok"
+    (error,) = ended.summary["errors"]
+    assert (error["code"], error["rows"], error["retried_on_rerun"]) == ("in_doubt", 1, False)
+
+    assert submit(*arguments).code == 3
+    assert [entry.prompt for entry in server.ledger.entries].count(doubtful) == sent
+
+    hangs = False
+    assert submit(*arguments, "--retry-failed").code == 0
+    assert [entry.prompt for entry in server.ledger.entries].count(doubtful) == sent + 1

@@ -290,6 +290,21 @@ def test_pending_rows_are_counted_and_left_out(tmp_path: Path, fmt: OutputFormat
         assert [line["batchrun"]["input"] for line in lines_of(path)] == [{"n": 2}]
 
 
+def test_answered_failed_invalid_and_pending_rows_may_alternate(tmp_path: Path) -> None:
+    path = tmp_path / "out.parquet"
+    answered = outcome(completion("yes"), model="b")
+    rows = (answered, REJECTED, None, InvalidRow("no prompt"), replace(answered, model="a"))
+    footer = publish(path, slice_of(*rows))
+    assert [(r["custom_id"], r["response"], r["error_kind"]) for r in rows_of(path)] == [
+        ("id-1", "yes", None),
+        ("id-2", None, "rejected"),
+        ("id-4", None, "invalid_input"),
+        ("id-5", "yes", None),
+    ]
+    assert (footer.rows.ok, footer.rows.error) == (2, 2)
+    assert footer.request_models == ["b", "m", "a"]
+
+
 # --- JSONL ---------------------------------------------------------------------------------------
 
 

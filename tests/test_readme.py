@@ -6,38 +6,70 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import contextlib
 import fcntl
+import json
 import os
 import re
 import select
+import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import click
+import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import errors
-from batchrun.cli import cli, settable
+from batchrun import errors, lock
+from batchrun.cli import cli
+from batchrun.config import RunConfig
+from batchrun.flags import settable
+from batchrun.mock_server import Knobs, MockReply, MockRequest, MockServerThread, error_reply
+from batchrun.options import Given, Options, build_config
 from batchrun.outputs import recognise
-from batchrun.providers import DEFAULT_BASE_URL, DEFAULT_KEY_ENV, DEFAULT_MODEL, PROVIDERS
+from batchrun.providers import (
+    DEFAULT_BASE_URL,
+    DEFAULT_KEY_ENV,
+    DEFAULT_MODEL,
+    PROVIDERS,
+    Secret,
+)
+from batchrun.report import CollectFacts, StatusFacts, ValidateFacts
+from batchrun.types import RunSummary, TokenCounts
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 
-MOST_LINES = 620
+MOST_LINES = 720
 LONGEST_S = 60
 HELP_WIDTH = 100  # as wide as the help itself goes
 BAR = "% |"
 SIGNALS = {129, 130, 143}
 # Options of tools other than batchrun that the README types.
-FOREIGN_OPTIONS: set[str] = set()
+FOREIGN_OPTIONS = {"--now"}
+# What ends in these needs a person: the same command would only end so again.
+FINAL = {
+    errors.EXIT_BUG,
+    errors.EXIT_USAGE,
+    errors.EXIT_ROWS_FAILED,
+    errors.EXIT_REFUSED,
+    errors.EXIT_IO,
+}
+DRAIN_S = RunConfig(inputs=(), output="-", output_format="jsonl").drain_s
+PROMPTS = "sample_inputs/prompts.jsonl"
+StartMock = Callable[..., MockServerThread]
 
 
 def fenced(language: str, text: str = TEXT) -> list[str]:
@@ -93,7 +125,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -m batchrun "$@"\n')
     script.chmod(0o755)
     for name in os.environ:
-        if name.startswith("BATCHRUN_") or name.endswith("_API_KEY"):
+        ours = name.startswith("BATCHRUN_") or name.endswith(("_API_KEY", "_BASE_URL"))
+        if ours or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -185,12 +218,12 @@ def test_every_sh_block_is_run_here_or_by_the_gate() -> None:
     assert len(OFFLINE) == len(lines) - 2  # the two set-up lines
 
 
-def test_the_python_examples_run(checkout: Path) -> None:
-    shutil.copy(checkout / "sample_inputs" / "prompts.jsonl", checkout / "prompts.jsonl")
-    section = TEXT.split("\n## Python\n", 1)[1].split("\n## ", 1)[0]
-    code = "import asyncio\n" + "\n".join(fenced("python", section)) + "\nasyncio.run(answers())\n"
+def test_the_python_shown_runs(checkout: Path) -> None:
+    shutil.copy(checkout / PROMPTS, checkout / "prompts.jsonl")
+    section = TEXT.partition("\n## Python\n")[2].partition("\n## ")[0]
+    script = "\n".join(["import asyncio", *fenced("python", section), "asyncio.run(answers())"])
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-W", "error", "-c", script],
         cwd=checkout,
         capture_output=True,
         text=True,
@@ -199,6 +232,7 @@ def test_the_python_examples_run(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "0 20 prompts.mock.parquet" in done.stdout
     assert "[synthetic]" in done.stdout
+    assert set(pq.read_table(checkout / "out.parquet")["status"].to_pylist()) == {"ok"}
 
 
 def test_the_config_file_shown_works(checkout: Path) -> None:
@@ -206,6 +240,109 @@ def test_the_config_file_shown_works(checkout: Path) -> None:
     line = "batchrun submit sample_inputs/prompts.jsonl --mock --quiet --config run.toml"
     done = subprocess.run(["sh", "-c", line], cwd=checkout, capture_output=True, timeout=LONGEST_S)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+# Recipes
+
+
+def units() -> dict[str, Mapping[str, str]]:
+    """The sections of the systemd units, all keys as written."""
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str  # type: ignore[method-assign,assignment]  # as its docs say to
+    for unit in fenced("ini"):
+        parser.read_string(unit)
+    return {name: parser[name] for name in parser.sections()}
+
+
+def job() -> Any:
+    """The ``spec`` of the Kubernetes Job."""
+    (manifest,) = (msgspec.yaml.decode(block) for block in fenced("yaml"))
+    assert (manifest["apiVersion"], manifest["kind"]) == ("batch/v1", "Job")
+    return manifest["spec"]
+
+
+def task() -> dict[str, Any]:
+    """The arguments of the Airflow operator that are plain values."""
+    (block,) = (block for block in fenced("python") if "BashOperator(" in block)
+    calls = (node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call))
+    (call,) = (c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "BashOperator")
+    told = {}
+    for keyword in call.keywords:
+        with contextlib.suppress(ValueError):
+            told[str(keyword.arg)] = ast.literal_eval(keyword.value)
+    return told
+
+
+def cron_command() -> list[str]:
+    (crontab,) = (block for block in fenced("text") if block.startswith("0 2 * * *"))
+    # To cron a bare % is the end of the command.
+    assert not re.search(r"(?<!\\)%", crontab)
+    return shlex.split(crontab.split(" && ")[1])
+
+
+RECIPES: dict[str, Callable[[], list[str]]] = {
+    "crontab": cron_command,
+    "systemd": lambda: shlex.split(units()["Service"]["ExecStart"]),
+    "Kubernetes": lambda: job()["template"]["spec"]["containers"][0]["command"],
+    "Airflow": lambda: shlex.split(task()["bash_command"]),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_of_a_recipe_finds_its_key(name: str, tmp_path: Path) -> None:
+    program, command, *args = RECIPES[name]()
+    assert (program, command) == ("/opt/batchrun/bin/batchrun", "submit")
+    environ = {"MISTRAL_API_KEY": "sk-of-the-recipe"}
+    if name == "crontab":
+        # Cron's environment holds no keys.
+        environ = {}
+        key_file = tmp_path / "key"
+        key_file.write_text("sk-of-the-recipe\n")
+        args[args.index("--api-key-file") + 1] = str(key_file)
+    context = cli.commands["submit"].make_context("submit", args)
+    options = msgspec.convert(context.params, Options)
+    endpoint = build_config(options, Given(environ=environ)).endpoint
+    assert endpoint is not None
+    assert (endpoint.host, endpoint.key) == ("api.mistral.ai", Secret("sk-of-the-recipe"))
+
+
+def test_systemd_starts_again_what_no_person_must_look_at() -> None:
+    service = units()["Service"]
+    final = {int(code) for code in service["RestartPreventExitStatus"].split()}
+    assert final == FINAL | {errors.EXIT_LOCKED}
+    assert service["Restart"] == "on-failure"
+    # A stop by systemd is no failure, and no kill either.
+    assert int(service["SuccessExitStatus"]) == 128 + signal.SIGTERM
+    assert int(service["TimeoutStopSec"]) > DRAIN_S
+
+
+def test_kubernetes_starts_again_what_no_person_must_look_at() -> None:
+    drained, failed = job()["podFailurePolicy"]["rules"]
+    # The first rule that fits decides: a drained pod ends with a code as well.
+    assert drained["action"] == "Ignore"
+    assert [on["type"] for on in drained["onPodConditions"]] == ["DisruptionTarget"]
+    assert (failed["action"], failed["onExitCodes"]["operator"]) == ("FailJob", "In")
+    # The API server wants them in order, each once.
+    assert failed["onExitCodes"]["values"] == sorted(FINAL)
+
+
+def test_a_pod_can_drain_and_the_next_one_finds_its_state() -> None:
+    pod = job()["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["restartPolicy"] == "Never", "a podFailurePolicy allows no other"
+    assert pod["terminationGracePeriodSeconds"] > DRAIN_S
+    (mount,) = container["volumeMounts"]
+    assert container["workingDir"] == mount["mountPath"]
+    (volume,) = pod["volumes"]
+    assert volume["name"] == mount["name"]
+    assert "persistentVolumeClaim" in volume
+
+
+def test_airflow_gives_the_key_beside_the_workers_own_variables() -> None:
+    told = task()
+    assert told["env"].keys() == {"MISTRAL_API_KEY"}
+    assert told["append_env"] is True
+    assert told["retries"] > 0
 
 
 # Tables
@@ -252,24 +389,7 @@ def test_the_exit_codes_are_those_of_the_code() -> None:
     assert told == ours | SIGNALS
 
 
-def test_the_recipes_know_what_a_person_must_look_at() -> None:
-    final = {
-        errors.EXIT_BUG,
-        errors.EXIT_USAGE,
-        errors.EXIT_ROWS_FAILED,
-        errors.EXIT_REFUSED,
-        errors.EXIT_IO,
-    }
-    kubernetes = re.search(r"operator: In, values: \[([\d, ]+)\]", TEXT)
-    systemd = re.search(r"RestartPreventExitStatus=([\d ]+)", TEXT)
-    assert kubernetes is not None
-    assert systemd is not None
-    assert {int(code) for code in kubernetes[1].split(",")} == final
-    assert {int(code) for code in systemd[1].split()} == final | {errors.EXIT_LOCKED}
-
-
 def test_the_columns_are_those_of_an_output(checkout: Path) -> None:
-
     line = "batchrun submit sample_inputs/prompts.jsonl --mock --quiet --carry none -o a.parquet"
     subprocess.run(["sh", "-c", line], cwd=checkout, check=True, timeout=LONGEST_S)
     schema = pq.read_schema(checkout / "a.parquet")
@@ -281,16 +401,249 @@ def test_the_columns_are_those_of_an_output(checkout: Path) -> None:
     assert sorted(told) == sorted((field.name, str(field.type)) for field in schema)
 
 
-def test_the_python_shown_runs(tmp_path: Path) -> None:
-    section = TEXT.partition("\n## Python\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 2
-    script = "\n".join(["import asyncio", blocks[0], "asyncio.run(answers())", blocks[1]])
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = [sys.executable, "-W", "error", "-c", script]
-    subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=LONGEST_S)
-    assert pq.read_table(tmp_path / "out.parquet")["status"].to_pylist() == ["ok"]
+# The JSON summary
+
+
+def told_fields() -> dict[str, str]:
+    """Path to type, as the table has them: ``errors[].kind``, ``rows.total``."""
+    return {
+        name: kind.strip("`")
+        for names, kind, _ in table("json: submit")
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+
+
+def fields_of(struct: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Path and type of everything in a struct, in the words of the table."""
+    for name, hint in get_type_hints(struct).items():
+        path, optional = prefix + name, ""
+        if get_origin(hint) in (Union, types.UnionType):
+            hint, optional = get_args(hint)[0], "?"
+        if get_origin(hint) is list and issubclass(get_args(hint)[0], msgspec.Struct):
+            yield path, "[object]"
+            yield from fields_of(get_args(hint)[0], f"{path}[].")
+        elif hint is TokenCounts:
+            yield path, f"tokens{optional}"
+        elif isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+            if optional:
+                yield path, f"object{optional}"
+            yield from fields_of(hint, f"{path}.")
+        else:
+            yield path, word_for(hint) + optional
+
+
+def word_for(hint: Any) -> str:
+    if get_origin(hint) is list:
+        return f"[{word_for(get_args(hint)[0])}]"
+    words = {str: "string", int: "int", bool: "bool", float: "number"}
+    return words.get(hint, "string")  # a Literal of texts
+
+
+def test_the_json_summary_is_told_field_by_field() -> None:
+    assert told_fields() == dict(fields_of(RunSummary)) | dict(fields_of(TokenCounts, "tokens."))
+
+
+def test_the_objects_of_the_other_commands_are_told(checkout: Path) -> None:
+    told = {
+        command.strip("`"): set(re.findall(r"`([a-z_]+)`", re.sub(r"\(.*?\)", "", names)))
+        for command, names in table("json: others")
+    }
+    subprocess.run(
+        ["sh", "-c", "batchrun submit sample_inputs/prompts.jsonl --mock -q -o a.parquet"],
+        cwd=checkout,
+        check=True,
+        timeout=LONGEST_S,
+    )
+    printed = {}
+    with MockServerThread() as server:
+        for line in (
+            "status a.parquet",
+            "collect a.parquet -o b.parquet",
+            "validate sample_inputs/mistakes.jsonl",
+            f"models --base-url {server.url}",
+        ):
+            done = subprocess.run(
+                ["sh", "-c", f"batchrun {line} --json"],
+                cwd=checkout,
+                capture_output=True,
+                timeout=LONGEST_S,
+            )
+            printed[line.split()[0]] = json.loads(done.stdout).keys()
+    assert told == printed
+    structs: dict[str, type[msgspec.Struct]] = {
+        "status": StatusFacts,
+        "collect": CollectFacts,
+        "validate": ValidateFacts,
+    }
+    for command, facts in structs.items():
+        assert told[command] - {"schema", "exit_code"} == set(facts.__struct_fields__)
+
+
+JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "int": (int,),
+    "number": (int, float),
+    "bool": (bool,),
+    "object": (dict,),
+    "tokens": (dict,),
+    "[string]": (list,),
+    "[object]": (list,),
+}
+
+
+def check_printed(value: Mapping[str, Any], prefix: str = "") -> None:
+    """A printed object has the fields told, all of them, and of the types told."""
+    told = told_fields()
+    below = {path[len(prefix) :] for path in told if path.startswith(prefix)}
+    if not prefix:
+        below = {path for path in below if not path.startswith("tokens.")}
+    assert value.keys() == {re.split(r"[.\[]", path)[0] for path in below}
+    for name, item in value.items():
+        path = prefix + name
+        kind = told.get(path, "object")
+        if item is None:
+            assert kind.endswith("?"), f"{path} is null"
+            continue
+        kind = kind.rstrip("?")
+        assert type(item) in JSON_TYPES[kind], f"{path} is {item!r}"
+        if kind == "[object]":
+            for one in item:
+                check_printed(one, f"{path}[].")
+        elif isinstance(item, dict):
+            check_printed(item, "tokens." if kind == "tokens" else f"{path}.")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def started(place: Path, *args: str, **more: Any) -> subprocess.Popen[str]:
+    """``batchrun submit … --quiet --json`` as a process of its own."""
+    return subprocess.Popen(
+        ["batchrun", "submit", *args, "--quiet", "--json"],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+def end_of(process: subprocess.Popen[str]) -> Ended:
+    with process:
+        try:
+            out, err = process.communicate(timeout=LONGEST_S)
+        finally:
+            process.kill()
+    return Ended(process.returncode, out, err)
+
+
+def ends_with_a_bug(place: Path, _mock: StartMock) -> Ended:
+    script = "from batchrun import cli, runner; runner.run = None; cli.main()"
+    command = [sys.executable, "-c", script, "submit", PROMPTS, "--mock", "--quiet", "--json"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=LONGEST_S)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def ends_refused(place: Path, mock: StartMock) -> Ended:
+    server = mock(Knobs(key="another"))
+    return end_of(started(place, PROMPTS, "--base-url", server.url, "-m", "m"))
+
+
+def ends_locked(place: Path, _mock: StartMock) -> Ended:
+    with lock.lock(place / "a.parquet.batchrun"):
+        return end_of(started(place, PROMPTS, "--mock", "-o", "a.parquet"))
+
+
+def ends_for_local_io(place: Path, _mock: StartMock) -> Ended:
+    (place / "broken.parquet").write_text("no")
+    return end_of(started(place, "broken.parquet", "--mock"))
+
+
+def ends_early(place: Path, mock: StartMock) -> Ended:
+    tomorrow = {"Retry-After": "86400"}
+    server = mock(respond=lambda _: error_reply(429, "daily limit", headers=tomorrow))
+    return end_of(started(place, PROMPTS, "--base-url", server.url, "-m", "m"))
+
+
+def ends_by(signum: signal.Signals) -> Callable[[Path, StartMock], Ended]:
+    def end(place: Path, mock: StartMock) -> Ended:
+        arrived = threading.Event()
+
+        def respond(_: MockRequest) -> MockReply:
+            arrived.set()
+            return MockReply(raw=b"", ending="hang")
+
+        args = ("--base-url", mock(respond=respond).url, "-m", "m", "--drain", "0")
+        # Whoever runs the tests in the background ignores signals, and so would the run.
+        process = started(
+            place, PROMPTS, *args, preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL)
+        )
+        assert arrived.wait(LONGEST_S)
+        process.send_signal(signum)
+        return end_of(process)
+
+    return end
+
+
+ENDS: dict[int, Callable[[Path, StartMock], Ended]] = {
+    errors.EXIT_OK: lambda place, _: end_of(started(place, PROMPTS, "--mock")),
+    errors.EXIT_BUG: ends_with_a_bug,
+    errors.EXIT_USAGE: lambda place, _: end_of(started(place, "missing.jsonl", "--mock")),
+    errors.EXIT_ROWS_FAILED: lambda place, _: end_of(
+        started(place, "sample_inputs/mistakes.jsonl", "--mock")
+    ),
+    errors.EXIT_REFUSED: ends_refused,
+    errors.EXIT_LOCKED: ends_locked,
+    errors.EXIT_IO: ends_for_local_io,
+    errors.EXIT_STOPPED: ends_early,
+    **{128 + s: ends_by(s) for s in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)},
+}
+
+
+def states_told() -> dict[int, str]:
+    """Exit code to ``state``, as the table has them."""
+    (meaning,) = (row[2] for row in table("json: submit") if row[0] == "`state`")
+    return {
+        int(code): state
+        for state, codes in re.findall(r"`(\w+)` \(([\d, ]+)", meaning)
+        for code in codes.split(",")
+    }
+
+
+def test_every_exit_code_told_is_tried() -> None:
+    told = {int(code) for row in table("exit codes") for code in row[0].split(",")}
+    assert told == ENDS.keys() == states_told().keys()
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_every_exit_code_comes_with_the_object_told_here(
+    code: int, checkout: Path, mock: StartMock
+) -> None:
+    ended = ENDS[code](checkout, mock)
+    assert ended.code == code, ended.err
+    assert (ended.err == "") == (code == 0), ended.err
+    assert ended.out.count("\n") == 1
+    summary = json.loads(ended.out)
+    check_printed(summary)
+    assert (summary["exit_code"], summary["state"]) == (code, states_told()[code])
+    assert (summary["reason"] is None) == (code == 0)
+    rows = summary["rows"]
+    if rows["total"] is not None:
+        assert rows["ok"] + rows["error"] + rows["pending"] == rows["total"]
+
+
+def test_a_skipped_run_says_so_in_its_object(checkout: Path) -> None:
+    with lock.lock(checkout / "a.parquet.batchrun"):
+        args = ("--mock", "-o", "a.parquet", "--if-locked", "skip")
+        ended = end_of(started(checkout, PROMPTS, *args))
+    assert (ended.code, ended.err) == (0, "")
+    summary = json.loads(ended.out)
+    check_printed(summary)
+    assert (summary["state"], summary["published"]) == ("stopped", False)
+    assert "in use" in summary["reason"]
 
 
 # Promises, links, length
