@@ -42,5 +42,5 @@ def test_the_smallest_profile_compares_batchrun_with_the_bare_loops(
 
 
 def test_a_client_that_loses_rows_is_shown_to() -> None:
-    done = bench("--profile", "refused-10", "--scale", "0.01", "--only", "naive", "--stand-in")
+    done = bench("--profile", "refused-10", "--scale", "0.0025", "--only", "naive", "--stand-in")
     assert "naive: 9 of 100 rows not answered" in done.stdout, done.stdout + done.stderr
