@@ -190,7 +190,6 @@ class Pool:
         self._idle: deque[asyncio.Future[None]] = deque()
         self._busy: dict[asyncio.Task[None], Request] = {}
         self._workers = 0
-        self._line_moved = False
         self._group: asyncio.TaskGroup | None = None
         self._finished = asyncio.Event()
         self._cut_timer: asyncio.TimerHandle | None = None
@@ -250,27 +249,30 @@ class Pool:
         return len(self._parked) + len(self._ready) + sum(map(len, self._lines.values()))
 
     def staff(self) -> None:
-        """Wake or hire as many workers as the window and the work allow.
+        """Wake or hire a worker where the window and the work allow; it does so for the next.
 
         Called whenever either may have grown: the feed has more, a wait is over, the window opened.
+        Not all at once: a pace lets one request go at a time, and a whole window that wakes for
+        each of them does nothing else.
         """
         if self.cause is not None:
             return
         if self._feed.error is not None:
             self._reader_failed(self._feed.error)
             return
-        places = min(self._admission.window - self._admission.in_flight, self._work_at_hand())
-        while places > 0 and self._idle:
+        if self._admission.in_flight < self._admission.window and self._has_work():
+            self._wake_one()
+        self._check_finished()
+
+    def _wake_one(self) -> None:
+        while self._idle:
             sleeper = self._idle.popleft()
             if not sleeper.done():
                 sleeper.set_result(None)
-                places -= 1
-        group = self._group
-        while places > 0 and self._workers < self._admission.window and group is not None:
+                return
+        if self._workers < self._admission.window and self._group is not None:
             self._workers += 1
-            places -= 1
-            group.create_task(self._work())
-        self._check_finished()
+            self._group.create_task(self._work())
 
     def _reader_failed(self, error: BaseException) -> None:
         self._feed.error = None
@@ -280,11 +282,14 @@ class Pool:
             self._bug = error
             self.stop(BatchrunError("the input could not be read on"), drain_s=0.0)
 
-    def _work_at_hand(self) -> int:
-        # One worker for each line: whoever takes from a line wakes the next. A whole window woken
-        # for every step of a gate that reopens slowly would do nothing but wake up.
-        new = 0 if self._lines and self._one_model else self._feed.rows
-        return len(self._ready) + len(self._lines) + new
+    def _has_work(self) -> bool:
+        """Whether somebody who asks now may find something."""
+        if self._ready or (self._feed.rows and self._wants_new()):
+            return True
+        if not self._lines:
+            return False
+        now = self._clock()
+        return any(due <= now for due in self._line_due.values())
 
     async def _work(self) -> None:
         task = asyncio.current_task()
@@ -297,9 +302,8 @@ class Pool:
                         return
                     continue
                 self._busy[task] = request
-                if self._line_moved:
-                    # Only now: a request in no line and with no worker yet would not be seen.
-                    self._line_moved = False
+                # Only now: a request in no line and with no worker yet would not be seen.
+                if self._admission.in_flight < self._admission.window:
                     self.staff()
                 try:
                     self._desk.sending(request)
@@ -328,7 +332,7 @@ class Pool:
             self._desk.settled(request, attempt, decision, tries)
         else:
             self._go_on(request, attempt, decision)
-        if self._admission.window > window or self._lines:
+        if self._admission.window > window:
             self.staff()
 
     def _go_on(self, request: Request, attempt: Attempt, decision: Decision) -> None:
@@ -360,7 +364,6 @@ class Pool:
         if self._lines:
             request = self._from_lines(now)
             if request is not None:
-                self._line_moved = True
                 return request
         while True:
             if self._ready:
@@ -398,7 +401,7 @@ class Pool:
                 continue
             request = line.popleft()
             if not line:
-                del self._lines[model]
+                del self._lines[model], self._line_due[model]
                 self._line_timers.pop(model).cancel()
             return request
         return None

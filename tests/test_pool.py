@@ -291,6 +291,20 @@ def test_two_paced_models_both_make_progress() -> None:
     run(story())
 
 
+@pytest.mark.parametrize("models", ["m", "ab"])
+def test_a_pace_wakes_a_few_workers_and_not_the_window(models: str) -> None:
+    async def story() -> None:
+        rows = [request(row, models[row % len(models)]) for row in range(400)]
+        fake = Fake(rows, window=64, latency_s=0.5, one_model=len(models) == 1)
+        fake.gates.pace = dict.fromkeys(models, 0.01)
+        await fake.pool.run()
+        assert len(fake.book.settled_rows) == len(rows)
+        # Those who woke and found nothing to send.
+        assert fake.book.idled < 3 * len(rows)
+
+    run(story())
+
+
 def test_when_a_gate_opens_the_whole_window_leaves() -> None:
     async def story() -> None:
         fake = Fake(map(request, range(64)), window=16, latency_s=5.0)

@@ -52,7 +52,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 
-MOST_LINES = 720
+MOST_LINES = 780
 LONGEST_S = 60
 HELP_WIDTH = 100  # as wide as the help itself goes
 BAR = "% |"
