@@ -27,6 +27,10 @@ from batchrun.segments import (
     clear,
     create_first_segment,
     damaged,
+    ends_of,
+    forget_table,
+    forget_unfinished_table,
+    misplaced,
     repair,
     replay,
     segment_path,
@@ -84,6 +88,10 @@ class Journal:
         with reporting(state, "open the journal"):
             make_private(state)
             contents = replay(state)
+            forget_unfinished_table(state)
+            # Before anything is appended: once the segments have grown, it might be believed.
+            if contents is None or not contents.from_table:
+                forget_table(state)
             if contents is None:
                 self._begin(header)
                 return self
@@ -198,14 +206,19 @@ class Journal:
         return self._table.in_doubt(slot)
 
     def read(self, slot: int) -> Outcome:
-        """The outcome kept for a slot that is not NEW, its checksum verified. Any thread may."""
+        """The outcome kept for a slot that is not NEW, its checksum verified. Any thread may.
+
+        Raises JournalDamaged when the record is not whole, or is not of this request.
+        """
         if self._table.held(slot) is Held.NEW:
             raise KeyError(slot)
         segment, offset = divmod(self._table.position(slot), 1 << records.OFFSET_BITS)
         try:
-            return self._read_one(segment, offset)
+            outcome = self._read_one(segment, offset)
         except OSError as exc:
             raise io_error(segment_path(self.run_path, segment), "read", exc) from exc
+        self._check_theirs((slot,), (outcome,))
+        return outcome
 
     def read_all(self, slots: Sequence[int]) -> list[Outcome | None]:
         """The outcomes of several slots, in their order; None for a NEW one.
@@ -224,7 +237,22 @@ class Journal:
             except OSError as exc:
                 raise io_error(segment_path(self.run_path, segment), "read", exc) from exc
             at = end
+        self._check_theirs(slots, outcomes)
         return outcomes
+
+    def _check_theirs(self, slots: Sequence[int], outcomes: Sequence[Outcome | None]) -> None:
+        """Whatever misled the table: nobody is given the answer to another request."""
+        table = self._table
+        # In one go: this runs for every row that is published.
+        firsts = [each.hash for each in outcomes if each is not None and not each.occurrence]
+        if table.are_first_of(firsts, slots):
+            return
+        for slot, outcome in zip(slots, outcomes, strict=True):
+            if outcome is None:
+                continue
+            if (outcome.hash, outcome.occurrence) != (table.hash(slot), table.occurrence(slot)):
+                segment, offset = divmod(table.position(slot), 1 << records.OFFSET_BITS)
+                raise misplaced(segment_path(self.run_path, segment), offset)
 
     def _read_run(
         self,
@@ -234,11 +262,11 @@ class Journal:
         outcomes: list[Outcome | None],
     ) -> None:
         """Decode what lies at these positions of one segment into its places."""
-        salt, base = self._salt_of(segment), positions[0]
+        salt, base, outcome_at = self._salt_of(segment), positions[0], records.outcome_at
         start = base & records.LAST_OFFSET
         block = os.pread(self._reader(segment), positions[-1] - base + _READ_AHEAD, start)
         for position, place in zip(positions, places, strict=True):
-            outcome = records.outcome_at(block, position - base, salt)
+            outcome = outcome_at(block, position - base, salt)
             if outcome is None:  # longer than the block, or not whole
                 outcome = self._read_one(segment, position & records.LAST_OFFSET)
             outcomes[place] = outcome
@@ -248,7 +276,7 @@ class Journal:
         frame = os.pread(fd, _READ_AHEAD, offset)
         end = records.frame_end(frame, 0, _LONGEST)
         if end > len(frame):
-            frame += os.pread(fd, end - len(frame), offset + len(frame))
+            frame = os.pread(fd, end, offset)
         outcome = records.outcome_at(frame, 0, self._salt_of(segment))
         if outcome is None:
             raise damaged(segment_path(self.run_path, segment), offset)
@@ -458,9 +486,11 @@ class Journal:
 
     def _keep_table(self) -> None:
         sealed = (segment_path(self.run_path, n) for n in range(1, self._segment))
+        sizes = [*(path.stat().st_size for path in sealed), self._durable & records.LAST_OFFSET]
         covered = Covered(
             run_id=self.header.run_id,
-            sizes=[*(path.stat().st_size for path in sealed), self._durable & records.LAST_OFFSET],
+            sizes=sizes,
+            ends=ends_of(self.run_path, sizes),
             imported=sorted(self.imported),
             on_their_way=self._table.on_their_way,
             slots=len(self._table),

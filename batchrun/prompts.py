@@ -558,6 +558,8 @@ def request_hash(body: Body) -> bytes:
 
 def _canonical(body: Body) -> bytes:
     if "stream" in body or "stream_options" in body:
+        # They must be fit to be sent all the same.
+        _encoded([body.get("stream", 0), body.get("stream_options", 0)], _ENCODER)
         body = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
     return _encoded(body, _CANONICAL)
 

@@ -64,6 +64,9 @@ _NOT_A_NUMBER = float("nan")
 _UNKNOWN = -1  # tokens not reported
 _MOST_TOKENS = (1 << 63) - 1
 
+# Longer blocks are not copied to be replayed; of short records a slice costs less than a view.
+_MOST_COPIED = 1 << 20
+
 # A position is a segment's number and a byte offset in it, so positions compare as the log runs.
 OFFSET_BITS = 40
 LAST_OFFSET = (1 << OFFSET_BITS) - 1
@@ -192,7 +195,7 @@ def outcome_at(block: bytes, at: int, salt: int) -> Outcome | None:
         hash_,
         occurrence,
         _KINDS[kind],
-        bool(flags & _FINAL),
+        flags & _FINAL != 0,
         attempts,
         in_doubt,
         status or None,
@@ -212,7 +215,7 @@ def outcome_at(block: bytes, at: int, salt: int) -> Outcome | None:
             reasoning if reasoning >= 0 else None,
         ),
         block[body_at:end],
-        bool(flags & _REBUILT),
+        flags & _REBUILT != 0,
     )
 
 
@@ -232,21 +235,29 @@ class Parsed(NamedTuple):
 
 
 def parsed(block: bytes, salt: int, position: int) -> Parsed:
-    """The whole frames that a block begins with; ``position`` is where it lies."""
+    """The whole frames that a block begins with; ``position`` is where it lies.
+
+    Of a block of more than 1 MB, which is one long frame as a rule, a short last one may be left.
+    """
     events: list[Event] = []
     others: list[tuple[int, bytes]] = []
     unpack, add = _REPLAYED.unpack_from, events.append
     length, at = len(block), 0
-    block += bytes(_REPLAYED.size)  # for frames at its end that are shorter than that
+    view: bytes | memoryview
+    if length <= _MOST_COPIED:
+        block += bytes(_REPLAYED.size)  # for frames at its end that are shorter than that
+        view, last = block, length - 1
+    else:
+        view, last = memoryview(block), length - _REPLAYED.size
     # frame_end and is_whole in line: this runs once for every record there is.
-    while at < length:
+    while at <= last:
         magic, covered, crc, kind, low, high, occurrence, number, flags, in_doubt = unpack(
             block, at
         )
         end = at + CRC_END + covered
         if magic != MAGIC or not covered or end > length:
             break
-        if crc32(block[at + CRC_END : end], salt) != crc:
+        if crc32(view[at + CRC_END : end], salt) != crc:
             break
         if kind == OUTCOME:
             held = _HELD_OK

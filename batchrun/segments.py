@@ -7,20 +7,23 @@ filled so that no later SYNC covers them. Bad bytes before the last SYNC are dam
 run: those answers were promised.
 
 *The kept table.* After a long replay, and when a run ends in order, the whole table is left in one
-file, so that the next has only to read what came after. It is not trusted further than its
-checksum, and bodies are checked when they are read.
+file, so that the next has only to read what came after. It is believed only when it is whole and
+the segments end as they did then: a segment may have been restored from a backup, and have grown
+again. Records are checked when they are read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
 from struct import error as StructError
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from zlib import crc32
 
 import msgspec
@@ -28,7 +31,7 @@ import msgspec
 from batchrun import records
 from batchrun.disk import make_durable, opened, sync_directory, write_private
 from batchrun.errors import JournalDamaged, LocalIOError
-from batchrun.slots import SlotTable
+from batchrun.slots import KEPT_BYTES, SlotTable
 
 FORMAT = 1
 # Larger blocks leave the processor's cache and take longer.
@@ -79,6 +82,7 @@ class Contents:
     sizes: list[int] = field(default_factory=list)
     durable: int = 0  # the last position a SYNC vouches for
     events: int = 0  # replayed, and not taken from a kept table
+    from_table: bool = False
 
     def expect(self, segments: int) -> None:
         """Make room for what a journal of so many segments holds, if they go on as they began."""
@@ -190,7 +194,7 @@ def replay(state: Path) -> Contents | None:
         if number != expected:
             raise damaged(segment_path(state, expected), 0)
     header, start = _read_header(segment_path(state, 1))
-    contents = _read_table(state, header) or Contents(header, sizes=[start])
+    contents = _read_table(state, header, len(numbers)) or Contents(header, sizes=[start])
     begun = len(contents.sizes)
     start = contents.sizes.pop()
     for number in numbers[begun - 1 :]:
@@ -253,7 +257,13 @@ def _fill(fd: int, start: int, end: int, salt: int) -> None:
 
 _TABLE_HEAD = Struct("<4sII")  # magic, length of the head, its checksum
 _TABLE = "journal-table"
-_TABLE_MAGIC = b"\xf5BT\x01"
+_NEW_TABLE = "journal-table.new"
+_TABLE_MAGIC = b"\xf5BT\x02"
+# Records tell when they were made, so no others in their place end a segment with the same bytes.
+# A long body may say the same again: this is more than most.
+_END_BYTES = 64 << 10
+# Times the size of a table: where less is free, answers may soon need it.
+_LEAST_FREE = 10
 
 
 class Covered(msgspec.Struct):
@@ -261,6 +271,7 @@ class Covered(msgspec.Struct):
 
     run_id: str
     sizes: list[int]  # of the segments; of the last, how much of it
+    ends: int  # checksum of the bytes they end with
     imported: list[str]
     on_their_way: list[int]
     slots: int
@@ -268,29 +279,52 @@ class Covered(msgspec.Struct):
 
 
 def write_table(state: Path, table: SlotTable, covered: Covered) -> None:
+    """Keep the table, unless there is hardly room for it. After an OSError nothing is left."""
+    if shutil.disk_usage(state).free < len(table) * KEPT_BYTES * _LEAST_FREE:
+        return
     columns = table.columns()
     for column in columns:
         covered.crc = crc32(column, covered.crc)
     head = msgspec.json.encode(covered)
-    temporary = state / f"{_TABLE}.new"
     start = _TABLE_HEAD.pack(_TABLE_MAGIC, len(head), crc32(head)) + head
-    write_private(temporary, start, *columns)
-    temporary.replace(state / _TABLE)
+    temporary = state / _NEW_TABLE
+    try:
+        write_private(temporary, start, *columns)
+        temporary.replace(state / _TABLE)
+    finally:
+        _unlink(temporary)
 
 
-def _read_table(state: Path, header: Header) -> Contents | None:
+def forget_table(state: Path) -> None:
+    """Take the kept table away; the segments say all that it does."""
+    if _unlink(state / _TABLE):
+        sync_directory(state)
+
+
+def forget_unfinished_table(state: Path) -> None:
+    """Take away what a process that was killed while writing a table has left."""
+    _unlink(state / _NEW_TABLE)
+
+
+def _unlink(cache: Path) -> bool:
+    """Whether it is gone now. One that cannot be taken away is no reason to end a run."""
+    with contextlib.suppress(OSError):
+        cache.unlink()
+        return True
+    return False
+
+
+def _read_table(state: Path, header: Header, segments: int) -> Contents | None:
     """What was replayed already, up to the last of its ``sizes``; None when there is nothing."""
     try:
         with (state / _TABLE).open("rb") as file:
-            magic, length, crc = _TABLE_HEAD.unpack(file.read(_TABLE_HEAD.size))
-            head = file.read(length)
-            if magic != _TABLE_MAGIC or crc32(head) != crc:
+            covered = _read_covered(file)
+            if covered is None or covered.run_id != header.run_id:
                 return None
-            covered = msgspec.json.decode(head, type=Covered)
-            if covered.run_id != header.run_id or not _are_there(state, covered.sizes):
+            if len(covered.sizes) > segments or not _are_there(state, covered):
                 return None
             table = SlotTable.load(file, covered.slots, covered.on_their_way)
-    except (OSError, EOFError, StructError, msgspec.MsgspecError):
+    except (OSError, EOFError, ValueError, StructError, RecursionError, msgspec.MsgspecError):
         return None
     crc = 0
     for column in table.columns():
@@ -305,13 +339,46 @@ def _read_table(state: Path, header: Header) -> Contents | None:
         set(covered.imported),
         sizes=covered.sizes,
         durable=records.position_of(len(covered.sizes), covered.sizes[-1]),
+        from_table=True,
     )
 
 
-def _are_there(state: Path, sizes: list[int]) -> bool:
-    """Whether the segments have these sizes, and the last at least what is said of it."""
+def _read_covered(file: BinaryIO) -> Covered | None:
+    """The head of a table that is as long as it must be; nothing is read that is longer."""
+    size = os.fstat(file.fileno()).st_size
+    magic, length, crc = _TABLE_HEAD.unpack(file.read(_TABLE_HEAD.size))
+    if magic != _TABLE_MAGIC or length > size:
+        return None
+    head = file.read(length)
+    if crc32(head) != crc:
+        return None
+    covered = msgspec.json.decode(head, type=Covered)
+    if size != _TABLE_HEAD.size + length + covered.slots * KEPT_BYTES:
+        return None
+    known = range(covered.slots)
+    return covered if all(slot in known for slot in covered.on_their_way) else None
+
+
+def _are_there(state: Path, covered: Covered) -> bool:
+    """Whether the segments have these sizes, the last at least what is said of it, and end so."""
+    sizes = covered.sizes
     found = [segment_path(state, n).stat().st_size for n, _ in enumerate(sizes, 1)]
-    return bool(sizes) and found[:-1] == sizes[:-1] and found[-1] >= sizes[-1]
+    return (
+        bool(sizes)
+        and found[:-1] == sizes[:-1]
+        and 0 < sizes[-1] <= found[-1]
+        and ends_of(state, sizes) == covered.ends
+    )
+
+
+def ends_of(state: Path, sizes: Sequence[int]) -> int:
+    """A checksum of the last bytes of the segments, were they of these sizes."""
+    crc = 0
+    for number, size in enumerate(sizes, 1):
+        start = max(0, size - _END_BYTES)
+        with segment_path(state, number).open("rb", buffering=0) as file:
+            crc = crc32(os.pread(file.fileno(), size - start, start), crc)
+    return crc
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────
@@ -328,7 +395,8 @@ def _segment_numbers(state: Path) -> list[int]:
 
 def clear(state: Path, dispose: Callable[[Path], object]) -> None:
     """Take all segments away, the last first: a kill leaves a shorter journal, and a whole one."""
-    (state / _TABLE).unlink(missing_ok=True)
+    forget_table(state)
+    forget_unfinished_table(state)
     for number in reversed(_segment_numbers(state)):
         segment = segment_path(state, number)
         if (index := segment.with_suffix(".idx")).exists():
@@ -369,6 +437,17 @@ def _read_header(path: Path) -> tuple[Header, int]:
             next_steps=("use the version of batchrun that began this run",),
         )
     return msgspec.json.decode(payload, type=Header), end
+
+
+def misplaced(path: Path, offset: int) -> JournalDamaged:
+    return JournalDamaged(
+        f"{path}: damaged at byte {offset:,}: the record of another request lies there",
+        offset=offset,
+        next_steps=(
+            f"remove {path.with_name(_TABLE)}, which is made from the records, "
+            "then run the same command",
+        ),
+    )
 
 
 def damaged(path: Path, offset: int) -> JournalDamaged:

@@ -32,6 +32,7 @@ class Held(IntEnum):
 
 
 HASH_BYTES = 16
+KEPT_BYTES = 30  # of a slot in ``columns``
 MAX_IN_DOUBT = 255  # counts saturate: one byte a row, and retries in doubt are single digits
 
 # What else than a Held an Event tells of its request.
@@ -104,6 +105,12 @@ class SlotTable:
     def hash(self, slot: int) -> bytes:
         low = (self._low[slot] - self.occurrence(slot) * _STRIDE) & _WORD
         return _KEY.pack(low, self._high[slot])
+
+    def are_first_of(self, hashes: list[bytes], slots: Sequence[int]) -> bool:
+        """Whether these are the slots of the first requests with these hashes."""
+        lows, highs, pack = self._low, self._high, _KEY.pack
+        # The key of a first one is its hash, and no other key is.
+        return [pack(lows[slot], highs[slot]) for slot in slots] == hashes
 
     def position(self, slot: int) -> int:
         """Where the outcome is kept; meaningless for a NEW slot."""
@@ -327,7 +334,7 @@ class SlotTable:
         return list(self._sent)
 
     def columns(self) -> list[memoryview]:
-        """The table as bytes, for ``load``: 30 a slot. The table stays as it is until they go."""
+        """The table as bytes, for ``load``. The table stays as it is until they go."""
         flags = self._flags.translate(_UNCLAIM)
         whole = (self._low, self._high, self._position, self._number, self._in_doubt, flags)
         return [memoryview(column)[: self._used].cast("B") for column in whole]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
+import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -591,13 +595,14 @@ def test_what_was_replayed_at_length_is_kept_at_once(
     right = known(state)
     assert not (state / "journal-table").exists()
     monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    monkeypatch.setattr(segments_room, "_END_BYTES", 8)
     with opened(state) as journal:
         # A kill: nothing is done on leaving.
         journal.close(remember=False)
     middle = segments(state)[2]
     whole = middle.read_bytes()
     # With the records unreadable, what is known can only come from the table.
-    middle.write_bytes(bytes(len(whole)))
+    middle.write_bytes(bytes(len(whole) - 8) + whole[-8:])
     with opened(state) as journal:
         assert journal.count(Held.OK) == len(MANY)
         with pytest.raises(JournalDamaged):
@@ -631,6 +636,214 @@ def test_index_files_of_earlier_versions_are_left_alone_and_go_with_the_segments
         assert index.read_bytes() == b"whatever"
         journal.reset(HEADER)
     assert not index.exists()
+
+
+def test_a_kept_table_harmed_anywhere_changes_nothing(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    with opened(state, segment_bytes=2_000) as journal:
+        live(journal, 0)
+        live(journal, 10)
+    path = state / "journal-table"
+    whole = path.read_bytes()
+    path.unlink()
+    right = known(state)
+    # Of 17 slots no column is as long as these steps, except for the one-byte ones.
+    harmed = [whole[:at] for at in range(0, len(whole), 5)]
+    harmed += [flipped(whole, at) for at in range(0, len(whole), 3)]
+    for data in (*harmed, whole + b"\0", b""):
+        path.write_bytes(data)
+        assert known(state) == right
+    path.write_bytes(whole)
+    assert known(state) == right
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"slots": -1},
+        {"slots": 0},
+        {"slots": 1 << 31},
+        {"slots": 1 << 62},
+        {"sizes": []},
+        {"sizes": [0]},
+        {"sizes": [-1]},
+        {"sizes": [1, 2, 3]},
+        {"sizes": [1 << 80]},
+        {"on_their_way": [-1]},
+        {"on_their_way": [10**9]},
+        {"on_their_way": "all"},
+        {"run_id": "run-2"},
+        {"crc": 0},
+        {"ends": 0},
+        {"ends": None},
+    ],
+    ids=str,
+)
+def test_a_kept_table_that_says_what_cannot_be_is_not_believed(
+    state: Path, monkeypatch: pytest.MonkeyPatch, lie: dict[str, object]
+) -> None:
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    with opened(state) as journal:
+        live(journal, 0)
+    right = known(state)
+    path = state / "journal-table"
+    data = path.read_bytes()
+    prefix = struct.Struct("<4sII")
+    magic, length, _ = prefix.unpack_from(data)
+    head = json.loads(data[prefix.size : prefix.size + length])
+    assert lie.keys() <= head.keys()
+    said = json.dumps({**head, **lie}).encode()
+    start = prefix.pack(magic, len(said), zlib.crc32(said))
+    path.write_bytes(start + said + data[prefix.size + length :])
+    assert known(state) == right
+
+
+def test_a_kept_table_makes_nobody_read_more_than_there_is(state: Path) -> None:
+    fill(state)
+    (state / "journal-table").write_bytes(
+        struct.pack("<4sII", segments_room._TABLE_MAGIC, 1 << 30, 0)
+    )
+    tracemalloc.start()
+    try:
+        known(state)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def regrown(state: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Leave a journal that lost its end and grew past it in another order; the table from before.
+
+    As when a backup of a segment is restored, as the message about damage advises.
+    """
+    with opened(state) as journal:
+        for number in range(5):
+            settle(journal, number)
+        journal.sync()
+    segment = first_segment(state)
+    backup = segment.read_bytes()
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    with opened(state) as journal:
+        for number in range(5, 20):
+            settle(journal, number)
+        journal.sync()
+    table = (state / "journal-table").read_bytes()
+    segment.write_bytes(backup)
+    monkeypatch.undo()
+    with opened(state) as journal:
+        for number in range(25, 2, -1):
+            settle(journal, number)
+        journal.sync()
+        journal.close(remember=False)
+    return table
+
+
+def test_a_table_that_was_not_believed_is_gone_before_anything_is_written(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regrown(state, monkeypatch)
+    assert not (state / "journal-table").exists()
+    with opened(state) as journal:
+        assert held_numbers(journal, range(30)) == list(range(26))
+
+
+def test_a_table_of_other_records_in_the_same_place_is_not_believed(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (state / "journal-table").write_bytes(regrown(state, monkeypatch))
+    with opened(state) as journal:
+        assert held_numbers(journal, range(30)) == list(range(26))
+
+
+def test_the_outcome_of_another_request_is_never_given_out(state: Path) -> None:
+    with opened(state) as journal:
+        first, second, third = (settle(journal, number) for number in (0, 1, 0))
+        assert journal.occurrence(third) == 1
+        places = journal._table._position
+        for other in (second, third):
+            places[first], places[other] = places[other], places[first]
+            offset = places[first] & records.LAST_OFFSET
+            with pytest.raises(JournalDamaged) as caught:
+                journal.read_all([first, second, third])
+            assert caught.value.offset == offset
+            for slot in (first, other):
+                with pytest.raises(JournalDamaged) as caught:
+                    journal.read(slot)
+                assert caught.value.offset == places[slot] & records.LAST_OFFSET
+                assert str(first_segment(state)) in str(caught.value)
+                assert "journal-table" in caught.value.next_steps[0]
+            places[first], places[other] = places[other], places[first]
+        assert journal.read_all([second, first]) == [outcome_of(1), outcome_of(0)]
+
+
+def test_what_a_killed_or_failed_writer_of_a_table_left_is_taken_away(state: Path) -> None:
+    fill(state)
+    (state / "journal-table").mkdir()
+    left = state / "journal-table.new"
+    left.write_bytes(b"half of it")
+    with opened(state) as journal:
+        assert not left.exists()
+        assert held_numbers(journal, MANY) == list(MANY)
+    left.mkdir()
+    with opened(state) as journal:
+        assert held_numbers(journal, MANY) == list(MANY)
+
+
+def test_a_table_is_not_kept_where_answers_may_need_the_space(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_FEWEST_KEPT", 1)
+    monkeypatch.setattr(segments_room, "_LEAST_FREE", 1 << 60)
+    fill(state)
+    assert {path.suffix for path in state.iterdir()} == {".seg"}
+
+
+NO_ROOM_FOR_A_TABLE = """
+import resource, sys
+from pathlib import Path
+from batchrun import journal as room
+from test_journal import HEADER, MANY, held_numbers, opened, settle
+state = Path(sys.argv[1])
+with opened(state, segment_bytes=500) as journal:
+    for number in MANY:
+        settle(journal, number)
+room._FEWEST_KEPT = 1
+# Segments are shorter, the table is longer.
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, resource.RLIM_INFINITY))
+journal = room.Journal.open(state, HEADER, segment_bytes=500)
+assert held_numbers(journal, MANY) == list(MANY)
+settle(journal, 60)
+journal.sync()
+journal.close()
+"""
+
+
+def test_a_table_that_cannot_be_written_leaves_nothing_behind(state: Path) -> None:
+    """RLIMIT_FSIZE makes the write fail half-way, as a full disk does."""
+    result = run_python(NO_ROOM_FOR_A_TABLE, state)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {path.suffix for path in state.iterdir()} == {".seg"}
+
+
+def test_replaying_a_long_outcome_holds_it_in_memory_once(state: Path) -> None:
+    size = 8 << 20
+    with opened(state) as journal:
+        journal.settled(journal.claim(hash_of(0)), replace(outcome_of(0), body=bytes(size)))
+        settle(journal, 1)
+    tracemalloc.start()
+    try:
+        with opened(state) as journal:
+            assert tracemalloc.get_traced_memory()[1] < size * 1.5
+            tracemalloc.reset_peak()
+            body = journal.read(journal.claim(hash_of(0))).body
+            # The record and the body that is cut from it.
+            assert tracemalloc.get_traced_memory()[1] < size * 2.5
+            assert len(body) == size
+            assert held_numbers(journal, range(1, 2)) == [1]
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "another run's", "segment cut"])

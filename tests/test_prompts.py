@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from decimal import Decimal
 from typing import Any
 
@@ -461,6 +462,26 @@ def test_what_json_cannot_hold_is_refused(value: Any) -> None:
     for function in (encode, request_hash):
         with pytest.raises(ValueError, match=r"NaN|surrogate"):
             function({"messages": USER, "x": value})
+
+
+@pytest.mark.parametrize(
+    "streaming",
+    [
+        pytest.param({"stream": "\ud800"}, id="surrogate"),
+        pytest.param({"stream_options": {"x": [float("nan")]}}, id="nan"),
+        pytest.param({"stream": None, "stream_options": float("-inf")}, id="infinity"),
+        pytest.param({"stream_options": {"\udfff": True}}, id="surrogate-key"),
+    ],
+)
+def test_a_row_is_invalid_for_what_only_its_streaming_cannot_hold(
+    streaming: dict[str, Any],
+) -> None:
+    row: dict[str, Any] = {"custom_id": "a", "body": {"messages": USER, **streaming}}
+    builder = Builder(layout([row], PLAIN, None), PLAIN)
+    built = builder.build(row)
+    assert isinstance(built, Invalid)
+    assert re.search("NaN|surrogate", built.reason)
+    assert builder.identify(row) == built
 
 
 def test_nesting_without_end_is_refused() -> None:
