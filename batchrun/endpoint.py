@@ -57,6 +57,8 @@ LARGE_BODY_BYTES = 2**20
 MAX_HEADER_BYTES = 64 * 2**10
 # Shorter header values ("1", "true") are no secrets, and occur in every JSON.
 MIN_SECRET_BYTES = 8
+# More would keep the first of them waiting for milliseconds.
+MOST_TOGETHER = 16
 LEAN_VERSIONS = ("3.14.",)
 
 
@@ -103,7 +105,8 @@ class ChatEndpoint:
         more: dict[str, Any] = {}
         if lean:
             head = _head(self._url, self._headers)
-            more = {"request_class": type("_Request", (_ChatRequest,), {"head": head})}
+            own = {"head": head, "departures": _Departures()}
+            more = {"request_class": type("_Request", (_ChatRequest,), own)}
         # No default headers: aiohttp would send those to the proxy too, the key among them.
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
@@ -283,6 +286,7 @@ class _ChatRequest(aiohttp.ClientRequest):
     """
 
     head: ClassVar[bytes] = b""
+    departures: ClassVar[_Departures]
     _content: bytes = b""
 
     def update_headers(self, headers: object) -> None:
@@ -303,7 +307,7 @@ class _ChatRequest(aiohttp.ClientRequest):
         if protocol is None or transport is None or transport.is_closing():
             raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
         content = self._content
-        transport.write(b"%b%d\r\n\r\n%b" % (self.head, len(content), content))
+        self.departures.add(transport, b"%b%d\r\n\r\n%b" % (self.head, len(content), content))
         protocol.start_timeout()
         return self.response_class(
             self.method,
@@ -317,6 +321,31 @@ class _ChatRequest(aiohttp.ClientRequest):
             session=self._session,
             stream_writer=_WRITTEN,
         )
+
+
+class _Departures:
+    """Requests that leave together, at the end of a turn of the event loop.
+
+    Each that is sent alone wakes the peer, which costs as much as the sending; those that follow at
+    once find it awake. On loopback with 64 in flight this is a fifth of a request's CPU.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[asyncio.Transport, bytes]] = []
+
+    def add(self, transport: asyncio.Transport, request: bytes) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._leave)
+        self._waiting.append((transport, request))
+        if len(self._waiting) >= MOST_TOGETHER:
+            self._leave()
+
+    def _leave(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for transport, request in waiting:
+            # Closed meanwhile: cancelled, or by the peer. Whoever waits for the reply learns it.
+            if not transport.is_closing():
+                transport.write(request)
 
 
 class _Written:
