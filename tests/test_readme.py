@@ -353,9 +353,22 @@ def test_the_option_list_is_that_of_the_help() -> None:
     assert shown == submit_help(), "write it anew: python tests/test_readme.py"
 
 
+BENCHMARK = re.compile(r"^\$ python (tests/benchmarks/bench\.py .*)$", re.MULTILINE)
+
+
 def test_every_option_named_exists() -> None:
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", BENCHMARK.sub("", TEXT)))
     assert named - options().keys() - {"--help"} == FOREIGN_OPTIONS
+
+
+def test_every_benchmark_named_exists() -> None:
+    lines = BENCHMARK.findall(TEXT)
+    assert lines
+    for line in lines:
+        # With its last word it says what there is, once the words before it are understood.
+        command = [sys.executable, *shlex.split(line), "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_every_variable_named_exists() -> None:
