@@ -539,6 +539,7 @@ def known(state: Path) -> list[object]:
     outcomes = journal.read_all(slots)
     of_slots = [(journal.held(s), journal.in_doubt(s), journal.occurrence(s)) for s in slots]
     totals = [journal.count(held) for held in Held]
+    journal.close(remember=False)
     return [of_slots, outcomes, totals, journal.imported, journal.attempts_in_doubt]
 
 
