@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -43,6 +44,37 @@ def mock() -> Iterator[StartMock]:
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 30.0  # for events of another process; reached only when something is broken
+
+
+class Spawn(Protocol):
+    def __call__(
+        self, code: str, *arguments: object
+    ) -> contextlib.AbstractContextManager[subprocess.Popen[str]]: ...
+
+
+@pytest.fixture
+def spawn() -> Spawn:
+    """Run Python in a process of its own: ``with spawn(code, argument) as process: ...``.
+
+    The code may import the project and its tests. Killed if it is still there at the end.
+    """
+
+    @contextlib.contextmanager
+    def start(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+        with subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    return start
 
 
 class Ended(NamedTuple):

@@ -15,6 +15,7 @@ import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,9 @@ from batchrun.errors import JournalDamaged, LocalIOError
 from batchrun.journal import Header, Held, Journal, Recovery
 from batchrun.lock import lock
 from batchrun.types import Outcome, OutcomeKind, Usage
+
+if TYPE_CHECKING:
+    from conftest import Spawn
 
 ROOT = Path(__file__).parents[1]
 HEADER = Header(
@@ -1171,22 +1175,6 @@ def test_peek_repairs_nothing_and_takes_no_records(state: Path, written: Written
     journal.close()
 
 
-@contextlib.contextmanager
-def spawn(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 WRITER = """
 import sys
 from pathlib import Path
@@ -1201,7 +1189,7 @@ journal.sync()
 """
 
 
-def test_peek_beside_a_running_writer_sees_whole_answers_only(state: Path) -> None:
+def test_peek_beside_a_running_writer_sees_whole_answers_only(state: Path, spawn: Spawn) -> None:
     with spawn(WRITER, state) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()

@@ -8,12 +8,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
@@ -22,28 +20,15 @@ from batchrun import lock as room
 from batchrun.errors import LocalIOError, Locked
 from batchrun.lock import Holder, Status, holder, lock, read_status, write_status
 
+if TYPE_CHECKING:
+    from conftest import Spawn
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     return tmp_path / "out.parquet.batchrun"
-
-
-@contextlib.contextmanager
-def spawn(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 HOLD = """
@@ -60,7 +45,7 @@ except Locked as error:
 """
 
 
-def test_a_second_run_is_told_who_has_the_output_and_since_when(state: Path) -> None:
+def test_a_second_run_is_told_who_has_the_output_and_since_when(state: Path, spawn: Spawn) -> None:
     with spawn(HOLD, state) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
@@ -80,7 +65,7 @@ def test_a_second_run_is_told_who_has_the_output_and_since_when(state: Path) -> 
         assert holder(state) is not None
 
 
-def test_after_a_kill_the_next_start_needs_no_unlocking(state: Path) -> None:
+def test_after_a_kill_the_next_start_needs_no_unlocking(state: Path, spawn: Spawn) -> None:
     with spawn(HOLD, state) as first:
         assert first.stdout is not None
         first.stdout.readline()
@@ -93,7 +78,7 @@ def test_after_a_kill_the_next_start_needs_no_unlocking(state: Path) -> None:
         assert found.pid == os.getpid()
 
 
-def test_of_twenty_simultaneous_starts_one_runs(state: Path) -> None:
+def test_of_twenty_simultaneous_starts_one_runs(state: Path, spawn: Spawn) -> None:
     with contextlib.ExitStack() as stack:
         starts = [stack.enter_context(spawn(HOLD, state)) for _ in range(20)]
         said = [start.stdout.readline().strip() for start in starts if start.stdout is not None]
@@ -126,7 +111,9 @@ while runs < 60:
 """
 
 
-def test_removing_the_state_under_the_lock_never_lets_two_in(state: Path, tmp_path: Path) -> None:
+def test_removing_the_state_under_the_lock_never_lets_two_in(
+    state: Path, tmp_path: Path, spawn: Spawn
+) -> None:
     with contextlib.ExitStack() as stack:
         racers = [stack.enter_context(spawn(RACE, state, tmp_path / "inside")) for _ in range(3)]
         for racer in racers:
@@ -175,7 +162,7 @@ def test_the_lock_is_held_until_its_file_is_gone(
 
 
 def test_a_holder_without_a_name_yet_is_not_taken_for_its_dead_predecessor(
-    state: Path, monkeypatch: pytest.MonkeyPatch
+    state: Path, monkeypatch: pytest.MonkeyPatch, spawn: Spawn
 ) -> None:
     with spawn(HOLD, state) as dead:
         assert dead.stdout is not None
@@ -218,7 +205,9 @@ def test_readers_of_the_lock_do_not_keep_a_run_out(state: Path) -> None:
             reader.join()
 
 
-def test_waiting_ends_when_the_output_is_free_or_the_wait_is_cancelled(state: Path) -> None:
+def test_waiting_ends_when_the_output_is_free_or_the_wait_is_cancelled(
+    state: Path, spawn: Spawn
+) -> None:
     with spawn(HOLD, state) as first:
         assert first.stdout is not None
         first.stdout.readline()

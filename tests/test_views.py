@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +15,9 @@ import pytest
 from batchrun.cli import run_command
 from batchrun.mock_server import Knobs, MockReply, MockRequest, MockServerThread
 
-ROOT = Path(__file__).parent.parent
+if TYPE_CHECKING:
+    from conftest import StartRun
+
 WAIT_S = 30.0
 StartMock = Callable[..., MockServerThread]
 
@@ -98,28 +98,23 @@ def test_status_of_nothing_is_a_usage_error(batchrun: Command) -> None:
     assert "no run and no output" in ended.err
 
 
-def test_status_and_collect_while_another_process_runs(batchrun: Command, mock: StartMock) -> None:
+def test_status_and_collect_while_another_process_runs(
+    batchrun: Command, mock: StartMock, running: StartRun
+) -> None:
     halfway = Halfway(mock, answered=6)
     write_rows(10)
-    command = ["submit", "in.jsonl", "--base-url", halfway.server.url, "-m", "m", "-c", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-m", "batchrun", *command], stderr=subprocess.PIPE, env=environment
-    ) as process:
-        try:
-            assert halfway.reached.wait(WAIT_S)
-            running = batchrun("status", "in.results.parquet", "--json")
-            assert running.code == 11
-            facts = json.loads(running.out)
-            assert (facts["state"], facts["pid"]) == ("running", process.pid)
+    with running("in.jsonl", "--base-url", halfway.server.url, "-m", "m", "-c", 2) as process:
+        assert halfway.reached.wait(WAIT_S)
+        found = batchrun("status", "in.results.parquet", "--json")
+        assert found.code == 11
+        facts = json.loads(found.out)
+        assert (facts["state"], facts["pid"]) == ("running", process.pid)
 
-            partial = batchrun("collect", "in.results.parquet")
-            assert partial.code == 0
-            table = pq.read_table("in.results.partial.parquet").to_pydict()
-            assert table["n"] == [0, 1, 2, 3, 4, 5]
-            assert set(table["status"]) == {"ok"}
-        finally:
-            process.kill()
+        partial = batchrun("collect", "in.results.parquet")
+        assert partial.code == 0
+        table = pq.read_table("in.results.partial.parquet").to_pydict()
+        assert table["n"] == [0, 1, 2, 3, 4, 5]
+        assert set(table["status"]) == {"ok"}
     stopped = batchrun("status", "in.results.parquet")
     assert stopped.code == 75
     assert "6 of 10 answered, 0 failed, 4 waiting" in stopped.err
@@ -176,19 +171,12 @@ def test_models_lists_what_the_endpoint_offers(batchrun: Command, mock: StartMoc
 
 
 def test_collect_of_a_run_without_any_answer_is_an_empty_table(
-    batchrun: Command, mock: StartMock
+    batchrun: Command, mock: StartMock, running: StartRun
 ) -> None:
     halfway = Halfway(mock, answered=0)
     write_rows(10)
-    command = ["submit", "in.jsonl", "--base-url", halfway.server.url, "-m", "m", "-c", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-m", "batchrun", *command], stderr=subprocess.PIPE, env=environment
-    ) as process:
-        try:
-            assert halfway.reached.wait(WAIT_S)
-        finally:
-            process.kill()
+    with running("in.jsonl", "--base-url", halfway.server.url, "-m", "m", "-c", 2):
+        assert halfway.reached.wait(WAIT_S)
     ended = batchrun("collect", "in.results.parquet")
     assert ended.code == 0
     table = pq.read_table("in.results.partial.parquet")
