@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from batchrun import endpoint as room
-from batchrun.endpoint import ChatEndpoint, proxy_for
+from batchrun.endpoint import MOST_TOGETHER, ChatEndpoint, _Departures, proxy_for
 from batchrun.errors import BatchrunError, EndpointRefused, StoppedEarly
 from batchrun.mock_replies import StreamUsage
 from batchrun.mock_server import Knobs, MockReply, MockRequest, MockServer, Respond, completion
@@ -748,3 +748,50 @@ def test_an_endpoint_that_is_not_there_can_be_asked_later() -> None:
     with pytest.raises(BatchrunError) as caught:
         asyncio.run(story())
     assert isinstance(caught.value, StoppedEarly)
+
+
+# Leaving together
+
+
+class Wire(asyncio.Transport):
+    """A transport that remembers what was written."""
+
+    def __init__(self, log: list[bytes]) -> None:
+        super().__init__()
+        self._log = log
+        self._is_closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert not self._is_closed
+        self._log.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self._is_closed
+
+    def close(self) -> None:
+        self._is_closed = True
+
+
+@pytest.mark.asyncio
+async def test_requests_of_one_turn_leave_together_in_order_and_not_to_who_is_gone() -> None:
+    written: list[bytes] = []
+    gone, there = Wire(written), Wire(written)
+    departures = _Departures()
+    departures.add(gone, b"lost")
+    departures.add(there, b"first")
+    departures.add(there, b"second")
+    assert written == [], "not before the turn ends"
+    gone.close()
+    await asyncio.sleep(0)
+    assert written == [b"first", b"second"]
+
+
+@pytest.mark.asyncio
+async def test_no_more_than_so_many_requests_wait_for_the_end_of_a_turn() -> None:
+    written: list[bytes] = []
+    departures = _Departures()
+    for number in range(MOST_TOGETHER + 1):
+        departures.add(Wire(written), b"%d" % number)
+    assert len(written) == MOST_TOGETHER
+    await asyncio.sleep(0)
+    assert len(written) == MOST_TOGETHER + 1
