@@ -253,10 +253,12 @@ class OutputTally:
         answer: Answer | None,
         custom_id: str,
         source: str,
+        *,
+        invalid_code: str = "",
     ) -> None:
         """Count one row: an outcome with its answer, or why it is invalid, or neither: pending."""
         if outcome is None:
-            self._without_outcome(invalid_reason, custom_id, source)
+            self._without_outcome(invalid_code, invalid_reason, custom_id, source)
             return
         self._tokens.add(outcome.usage)
         if outcome.occurrence:
@@ -301,12 +303,14 @@ class OutputTally:
         elif not response and tool_calls is None:
             self.empty += 1
 
-    def _without_outcome(self, invalid_reason: str | None, custom_id: str, source: str) -> None:
+    def _without_outcome(
+        self, invalid_code: str, invalid_reason: str | None, custom_id: str, source: str
+    ) -> None:
         if invalid_reason is None:
             self.pending += 1
             return
         self._tokens.rows_without_usage += 1
-        self._failed(INVALID_INPUT, "", False, invalid_reason, custom_id, source)
+        self._failed(INVALID_INPUT, invalid_code, False, invalid_reason, custom_id, source)
 
     def _failed(
         self, kind: str, code: str, passing: bool, message: str, custom_id: str, source: str

@@ -285,9 +285,9 @@ class _Builders:
         try:
             built = self._builder(row).build(row)
             if isinstance(built, Invalid):
-                return invalid_result(custom_id, built.reason)
+                return invalid_result(custom_id, built.code, built.reason)
         except UsageError as exc:
-            return invalid_result(custom_id, exc.message)
+            return invalid_result(custom_id, "no_prompt", exc.message)
         request = Request(
             row=number,
             body=prompts.encode(built.body),
@@ -339,7 +339,7 @@ def result_of(custom_id: str, outcome: Outcome) -> Result:
     )
 
 
-def invalid_result(custom_id: str, reason: str) -> Result:
+def invalid_result(custom_id: str, code: str, reason: str) -> Result:
     """The error row of a row that cannot become a request."""
     return Result(
         custom_id=custom_id,
@@ -352,7 +352,7 @@ def invalid_result(custom_id: str, reason: str) -> Result:
         reasoning=None,
         tool_calls=None,
         error_kind="invalid_input",
-        error_code=None,
+        error_code=code,
         error_message=reason,
         http_status=None,
         attempts=0,

@@ -80,8 +80,9 @@ _MAGIC: Final[Mapping[bytes, str]] = {
 
 
 class BadRow(Struct, frozen=True, gc=False):
-    """A line that is not a JSON object, and why, in words for a person."""
+    """A line that is not a JSON object, and why: a code for programs, words for a person."""
 
+    code: str
     reason: str
 
 
@@ -560,13 +561,15 @@ def _row(line: bytes) -> Row | BadRow:
 def _checked(line: bytes, value: JSONValue | Decimal | BadRow) -> Row | BadRow:
     """``value`` if it is an object and within the limits."""
     if len(line) >= _LINE_LIMIT_BYTES:
-        return BadRow(f"longer than {_LINE_LIMIT_BYTES >> 20} MB")
+        return BadRow("too_long", f"longer than {_LINE_LIMIT_BYTES >> 20} MB")
     if isinstance(value, dict):
         nested = len(line) > _SHALLOW_BYTES and line.count(b"[") + line.count(b"{")
         if nested > _DEPTH_LIMIT and _is_deep(value):
-            return BadRow(f"nested more than {_DEPTH_LIMIT} levels deep")
+            return BadRow("too_deep", f"nested more than {_DEPTH_LIMIT} levels deep")
         return value
-    return value if isinstance(value, BadRow) else BadRow(f"{_KINDS[type(value)]}, not an object")
+    if isinstance(value, BadRow):
+        return value
+    return BadRow("not_an_object", f"{_KINDS[type(value)]}, not an object")
 
 
 _KINDS: Final[Mapping[type, str]] = {
@@ -584,16 +587,16 @@ def _decoded_slowly(line: bytes) -> JSONValue | Decimal | BadRow:
     try:
         text = line.rstrip(b"\r").decode()
     except UnicodeDecodeError as exc:
-        return BadRow(f"not UTF-8 at byte {exc.start + 1}")
+        return BadRow("not_utf8", f"not UTF-8 at byte {exc.start + 1}")
     try:
         value: JSONValue = json.loads(text, parse_float=_float)
     except json.JSONDecodeError as exc:
         what = "a NUL byte" if text[exc.pos : exc.pos + 1] == "\0" else "broken JSON"
-        return BadRow(f"{what} at column {exc.colno}")
+        return BadRow("broken_json", f"{what} at column {exc.colno}")
     except RecursionError:
-        return BadRow(f"nested more than {_DEPTH_LIMIT} levels deep")
+        return BadRow("too_deep", f"nested more than {_DEPTH_LIMIT} levels deep")
     except (ValueError, InvalidOperation):
-        return BadRow("a number of too many digits")
+        return BadRow("long_number", "a number of too many digits")
     return value
 
 

@@ -76,7 +76,8 @@ _PASSING: Final[frozenset[str]] = frozenset(
     {"rate_limit", "transient", "timeout", "invalid_response"}
 )
 _NO_ANSWER = Answer()
-# Stands for a row that never became a request: every column it fills is null or zero.
+# Stands for a row that never became a request, and alone has no hash: but for its code, every
+# column it fills is null or zero.
 _NOT_SENT = Outcome(
     hash=b"",
     occurrence=0,
@@ -100,6 +101,7 @@ _NOT_SENT = Outcome(
 class InvalidRow(Struct, frozen=True, gc=False):
     """A row that could not become a request; ``reason`` says why, without file and line."""
 
+    code: str
     reason: str
 
 
@@ -156,7 +158,7 @@ class Footer(Struct, frozen=True, kw_only=True):
 
 class _Row(NamedTuple):
     custom_id: str
-    outcome: Outcome  # _NOT_SENT: invalid input
+    outcome: Outcome  # like _NOT_SENT: invalid input
     answer: Answer
     message: str  # of the error, "" when there is none
 
@@ -252,7 +254,8 @@ def published_rows(path: Path) -> Iterator[PublishedRow]:
         for number, text in enumerate(file, 1):
             line = decode(text)
             message = line.error.message if line.error else None
-            outcome = _outcome_of_line(line) or _invalid(message)
+            code = line.error.code if line.error else None
+            outcome = _outcome_of_line(line) or _invalid(code, message)
             carried = line.batchrun.input or {}
             source = _source(outcome, message, f"{path}:{number}")
             yield PublishedRow(line.custom_id, source, outcome, carried)
@@ -435,8 +438,9 @@ def _failed(custom_id: str, outcome: Outcome | InvalidRow, source: str, tally: O
         tally.add(row.outcome, None, None, row.custom_id, source)
         return row
     reason = _clean(outcome.reason)
-    row = _Row(_clean(custom_id), _NOT_SENT, _NO_ANSWER, f"{source}: {reason}")
-    tally.add(None, reason, None, row.custom_id, source)
+    not_sent = msgspec.structs.replace(_NOT_SENT, code=outcome.code)
+    row = _Row(_clean(custom_id), not_sent, _NO_ANSWER, f"{source}: {reason}")
+    tally.add(None, reason, None, row.custom_id, source, invalid_code=outcome.code)
     return row
 
 
@@ -540,7 +544,7 @@ def _error_columns(rows: _Rows) -> Iterable[Sequence[object]]:
     if failed.count(None) == len(failed):
         return failed, failed, failed
     return (
-        [o and (INVALID_INPUT if o is _NOT_SENT else o.kind) for o in failed],
+        [o and (o.kind if o.hash else INVALID_INPUT) for o in failed],
         [o and (o.code or None) for o in failed],
         [o and (text or None) for o, text in zip(failed, rows.messages, strict=True)],
     )
@@ -640,7 +644,7 @@ class _JsonlWriter:
     def _made(self, row: _Row, carried: dict[str, object] | None) -> _JsonLine:
         identity = f"batch_req_{self._written}"
         outcome = row.outcome
-        if outcome is _NOT_SENT:
+        if not outcome.hash:
             member = _JsonMember(
                 "error",
                 error_kind=INVALID_INPUT,
@@ -648,7 +652,7 @@ class _JsonlWriter:
                 in_doubt_attempts=0,
                 input=carried,
             )
-            error = _JsonError(None, row.message)
+            error = _JsonError(outcome.code or None, row.message)
             return _JsonLine(identity, row.custom_id, None, error, member)
         is_ok = outcome.kind == "ok"
         rebuilt = is_ok and (outcome.rebuilt or not self._response_body)
@@ -804,7 +808,7 @@ def _slices_of(path: Path, carried: pa.Schema) -> Iterator[Slice]:
                 done += 1
                 published = _Published(*row)
                 message = published.error_message
-                outcome = _outcome_of(published) or _invalid(message)
+                outcome = _outcome_of(published) or _invalid(published.error_code, message)
                 outcomes.append(outcome)
                 places.append(_source(outcome, message, f"{path}:{done}"))
             custom_ids = batch.column("custom_id").to_pylist()
@@ -815,9 +819,9 @@ def _slices_of(path: Path, carried: pa.Schema) -> Iterator[Slice]:
 _PLACED: Final = re.compile(r"(.+?:\d+): (.*)", re.DOTALL)
 
 
-def _invalid(message: str | None) -> InvalidRow:
+def _invalid(code: str | None, message: str | None) -> InvalidRow:
     match = _PLACED.fullmatch(message or "")
-    return InvalidRow(match[2] if match else message or "")
+    return InvalidRow(code or "", match[2] if match else message or "")
 
 
 def _source(outcome: Outcome | InvalidRow, message: str | None, otherwise: str) -> str:

@@ -138,7 +138,7 @@ def _claim(
 ) -> Sequence[int]:
     """The slots of a batch's rows, all counted."""
     identify = source.builder.identify
-    found = [Invalid(row.reason) if isinstance(row, BadRow) else identify(row) for row in rows]
+    found = [_invalid_of(row) if isinstance(row, BadRow) else identify(row) for row in rows]
     valid = [each for each in found if type(each) is Identity]
     claimed = journal.claim_all([each.hash for each in valid])
     _count(plan.counts, journal.survey(claimed), config)
@@ -168,7 +168,11 @@ def _count(counts: Counts, survey: Survey, config: RunConfig) -> None:
 
 
 def identified(builder: Builder, row: Row | BadRow) -> Built | Invalid:
-    return Invalid(row.reason) if isinstance(row, BadRow) else builder.build(row)
+    return _invalid_of(row) if isinstance(row, BadRow) else builder.build(row)
+
+
+def _invalid_of(row: BadRow) -> Invalid:
+    return Invalid(row.code, row.reason)
 
 
 def _may_replace(layout: Layout, config: RunConfig) -> bool:
@@ -338,7 +342,7 @@ def _invalid(source: Source, row: Row | BadRow) -> InvalidRow:
     built = identified(source.builder, row)
     if not isinstance(built, Invalid):
         raise changed(source.file)
-    return InvalidRow(built.reason)
+    return InvalidRow(built.code, built.reason)
 
 
 def _identifying(source: Source) -> Collection[str] | None:

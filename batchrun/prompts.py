@@ -106,8 +106,9 @@ class Identity(Struct, gc=False):
 
 
 class Invalid(Struct, gc=False):
-    """A row that cannot become a request, and why, in words for a person."""
+    """A row that cannot become a request, and why: a code for programs, words for a person."""
 
+    code: str
     reason: str
 
 
@@ -116,7 +117,11 @@ _Settled: TypeAlias = tuple[Body, str, bool]
 
 
 class _Unusable(ValueError):
-    """The reason why a row has no body."""
+    """The reason why a row has no body, and the code that tells it from other reasons."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 # --- which shape a table has -------------------------------------------------------------------
@@ -291,13 +296,14 @@ class Builder:
         try:
             body, model, from_row = self._make(row)
             return Built(body, request_hash(body), model, from_row)
-        except ValueError as exc:
-            return Invalid(str(exc))
+        except _Unusable as exc:
+            return Invalid(exc.code, str(exc))
 
     def identify(self, row: Row) -> Identity | Invalid:
         """What ``build`` says of a row except for its body, in less time."""
         around = self._around
-        if around is not None and isinstance(text := row.get(self._prompt_column), str):
+        text = row.get(self._prompt_column)
+        if around is not None and isinstance(text, str) and not _is_blank(text):
             with_text = around.before.copy()
             try:
                 with_text.update(_encode_text(text) + around.after)
@@ -309,9 +315,7 @@ class Builder:
 
     def _from_pattern(self, row: Row) -> _Settled:
         """A prompt alone: only its text differs from row to row, so the rest is made once."""
-        text = row.get(self._prompt_column)
-        if not isinstance(text, str):
-            raise _wrong(row, self._prompt_column, "text")
+        text = self._prompt(row)
         body, model, from_row = self._pattern
         body = {**body, "messages": [*self._before, {"role": "user", "content": text}]}
         return body, model, from_row
@@ -338,11 +342,16 @@ class Builder:
         return body, model if isinstance(model, str) else "", from_row
 
     def _from_prompt(self, row: Row) -> Body:
+        body: Body = {"messages": [{"role": "user", "content": self._prompt(row)}]}
+        return self._with_more(body, row) if self._more else body
+
+    def _prompt(self, row: Row) -> str:
         text = row.get(self._prompt_column)
         if not isinstance(text, str):
-            raise _wrong(row, self._prompt_column, "text")
-        body: Body = {"messages": [{"role": "user", "content": text}]}
-        return self._with_more(body, row) if self._more else body
+            raise _wrong(row, self._prompt_column, "text", what="prompt")
+        if _is_blank(text):
+            raise _Unusable("blank_prompt", _BLANK)
+        return text
 
     def _from_messages(self, row: Row) -> Body:
         messages = row.get("messages")
@@ -449,12 +458,12 @@ def _check_target(row: Row) -> None:
     """A batch line may name its API; only chat completions are ours to send."""
     method = row.get("method")
     if method is not None and (not isinstance(method, str) or method.upper() != "POST"):
-        raise _Unusable(f'"method" is {_shown(method)}; only "POST" can be sent')
+        raise _Unusable("other_api", f'"method" is {_shown(method)}; only "POST" can be sent')
     url = row.get("url")
     if url is None:
         return
     if not isinstance(url, str) or not _path(url).endswith(API_PATH):
-        raise _Unusable(f'"url" is {_shown(url)}; only "/v1{API_PATH}" can be sent')
+        raise _Unusable("other_api", f'"url" is {_shown(url)}; only "/v1{API_PATH}" can be sent')
 
 
 def _path(url: str) -> str:
@@ -466,10 +475,30 @@ def _path(url: str) -> str:
 
 def _check_messages(messages: list[JSONValue], where: str) -> None:
     if not messages:
-        raise _Unusable(f'"{where}" is an empty list')
+        raise _Unusable("no_messages", f'"{where}" is an empty list')
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            raise _Unusable(f'"{where}" item {number} is {_kind(message)}, not an object')
+            wrong = f'"{where}" item {number} is {_kind(message)}, not an object'
+            raise _Unusable("wrong_type", wrong)
+    if _say_nothing(messages):
+        raise _Unusable("blank_prompt", _BLANK)
+
+
+_BLANK: Final = "the prompt is blank"
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def _say_nothing(messages: list[JSONValue]) -> bool:
+    """Whether all that is said beside a system message is empty texts."""
+    said = [message for message in messages if isinstance(message, dict)]
+    asked = [message for message in said if message.get("role") not in _SYSTEM_ROLES]
+    return all(
+        isinstance(text := message.get("content"), str) and _is_blank(text)
+        for message in asked or said
+    )
 
 
 def _parsed(text: str, column: str, wanted: str) -> JSONValue:
@@ -480,7 +509,7 @@ def _parsed(text: str, column: str, wanted: str) -> JSONValue:
         value = None
     if isinstance(value, list if wanted == "list" else dict):
         return value
-    raise _Unusable(f'"{column}" is text that is not a JSON {wanted}')
+    raise _Unusable("not_json", f'"{column}" is text that is not a JSON {wanted}')
 
 
 def _whole(value: JSONValue) -> JSONValue:
@@ -490,13 +519,16 @@ def _whole(value: JSONValue) -> JSONValue:
     return value
 
 
-def _wrong(members: Row, key: str, wanted: str, where: str = "") -> _Unusable:
+def _wrong(
+    members: Row, key: str, wanted: str, where: str = "", *, what: str | None = None
+) -> _Unusable:
+    """``what`` names in the code what a column of another name stands for."""
     if key not in members:
-        return _Unusable(f'no "{where}{key}"')
+        return _Unusable(f"no_{what or key}", f'no "{where}{key}"')
     kind = _kind(members[key])
     if kind == "null":
-        return _Unusable(f'"{where}{key}" is null')
-    return _Unusable(f'"{where}{key}" is {kind}, not {wanted}')
+        return _Unusable(f"null_{what or key}", f'"{where}{key}" is null')
+    return _Unusable("wrong_type", f'"{where}{key}" is {kind}, not {wanted}')
 
 
 _KINDS: Final[Mapping[type, str]] = {
@@ -602,12 +634,13 @@ def _encoded(value: JSONValue, encoder: msgspec.json.Encoder) -> bytes:
     try:
         encoded = encoder.encode(value)
     except UnicodeEncodeError:
-        raise ValueError("a text holds a lone surrogate, which UTF-8 cannot hold") from None
+        reason = "a text holds a lone surrogate, which UTF-8 cannot hold"
+        raise _Unusable("lone_surrogate", reason) from None
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise _Unusable("too_deep", "nested too deeply") from None
     # msgspec writes NaN and the infinities as null, silently.
     if b"null" in encoded and _has_non_finite(value):
-        raise ValueError("a number is NaN or infinite, which JSON cannot hold")
+        raise _Unusable("not_finite", "a number is NaN or infinite, which JSON cannot hold")
     return encoded
 
 

@@ -78,6 +78,7 @@ class StartFacts(Struct, frozen=True, kw_only=True):
 class BadRowFacts(Struct, frozen=True):
     source: str  # "prompts.jsonl:812"
     reason: str
+    code: str = ""
 
 
 class ValidateFacts(Struct, frozen=True, kw_only=True):

@@ -51,7 +51,8 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
                 if isinstance(built, Invalid):
                     bad += 1
                     if len(bad_rows) < SHOWN_BAD_ROWS:
-                        bad_rows.append(BadRowFacts(f"{source.file.name}:{line}", built.reason))
+                        place = f"{source.file.name}:{line}"
+                        bad_rows.append(BadRowFacts(place, built.reason, built.code))
                     continue
                 repeats += table.occurrence(table.claim(built.hash)) > 0
                 if len(bodies) < max(show, 1):

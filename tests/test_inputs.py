@@ -236,6 +236,15 @@ def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     assert verdicts(path) == [(1, {"a": "\u2028\u0085"}), (4, {"a": "\r"}), (5, {"a": 3})]
 
 
+def test_a_lone_carriage_return_ends_no_line(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", b'{"a":1,\r"b":"x"}\r\r\n{"a":2}\r{"a":3}\n\r\n{"a":4}\r')
+    assert verdicts(path) == [
+        (1, {"a": 1, "b": "x"}),
+        (2, "broken JSON at column 9"),
+        (4, {"a": 4}),
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

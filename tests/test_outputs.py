@@ -62,6 +62,7 @@ def outcome(body: bytes, name: str = "a", kind: OutcomeKind = "ok", **fields: An
     return replace(made, **fields)
 
 
+NO_PROMPT = InvalidRow("no_prompt", "no prompt")
 REJECTED = outcome(
     b'{"message":"too long","code":"3051"}',
     "r",
@@ -175,7 +176,7 @@ def test_an_answered_row_fills_its_columns(tmp_path: Path) -> None:
 
 def test_failed_rows_say_why_and_keep_what_the_endpoint_said(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
-    publish(path, slice_of(REJECTED, UNREACHED, InvalidRow('"prompt" is null')))
+    publish(path, slice_of(REJECTED, UNREACHED, InvalidRow("null_prompt", '"prompt" is null')))
     rejected, unreached, invalid = rows_of(path)
     assert {row["status"] for row in (rejected, unreached, invalid)} == {"error"}
     assert (rejected["error_kind"], rejected["error_code"]) == ("rejected", "3051")
@@ -293,7 +294,13 @@ def test_pending_rows_are_counted_and_left_out(tmp_path: Path, fmt: OutputFormat
 def test_answered_failed_invalid_and_pending_rows_may_alternate(tmp_path: Path) -> None:
     path = tmp_path / "out.parquet"
     answered = outcome(completion("yes"), model="b")
-    rows = (answered, REJECTED, None, InvalidRow("no prompt"), replace(answered, model="a"))
+    rows = (
+        answered,
+        REJECTED,
+        None,
+        NO_PROMPT,
+        replace(answered, model="a"),
+    )
     footer = publish(path, slice_of(*rows))
     assert [(r["custom_id"], r["response"], r["error_kind"]) for r in rows_of(path)] == [
         ("id-1", "yes", None),
@@ -312,7 +319,9 @@ def test_jsonl_lines_are_openai_batch_lines(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     body = completion()
     publish(
-        path, slice_of(outcome(body), REJECTED, UNREACHED, InvalidRow("no prompt")), fmt="jsonl"
+        path,
+        slice_of(outcome(body), REJECTED, UNREACHED, NO_PROMPT),
+        fmt="jsonl",
     )
     ok, rejected, unreached, invalid = lines_of(path)
     assert list(ok) == ["id", "custom_id", "response", "error", "batchrun"]
@@ -335,7 +344,7 @@ def test_jsonl_lines_are_openai_batch_lines(tmp_path: Path) -> None:
     assert rejected["response"]["status_code"] == 400
     assert rejected["batchrun"]["error_kind"] == "rejected"
     assert unreached["response"] is None
-    assert invalid["error"] == {"code": None, "message": "p.jsonl:4: no prompt"}
+    assert invalid["error"] == {"code": "no_prompt", "message": "p.jsonl:4: no prompt"}
     assert (invalid["response"], invalid["batchrun"]["error_kind"]) == (None, "invalid_input")
     assert invalid["batchrun"]["run"]["rows"]["ok"] == 1
     assert "run" not in unreached["batchrun"]
@@ -418,7 +427,7 @@ def test_texts_around_the_answer_may_hold_lone_surrogates(
 ) -> None:
     path = tmp_path / "out"
     texts = dict.fromkeys(("code", "message", "request_id", "model"), "a\udc80")
-    rows = slice_of(replace(REJECTED, **texts), InvalidRow("\udc80"))
+    rows = slice_of(replace(REJECTED, **texts), InvalidRow("broken_json", "\udc80"))
     publish(path, rows._replace(custom_ids=["i\udc80", "j"]), fmt=fmt)
     (back,) = outputs.read_back(path)
     assert {getattr(back, name) for name in texts} == {"a\ufffd"}
@@ -444,7 +453,7 @@ FOOTER = Footer(
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_footer_says_what_the_file_holds(tmp_path: Path, fmt: OutputFormat) -> None:
     path = tmp_path / "out"
-    rows = slice_of(outcome(completion()), REJECTED, UNREACHED, InvalidRow("no prompt"))
+    rows = slice_of(outcome(completion()), REJECTED, UNREACHED, NO_PROMPT)
     footer = publish(path, rows, fmt=fmt, footer=FOOTER)
     assert outputs.recognise(path) == footer
     assert replace(
@@ -456,7 +465,7 @@ def test_the_footer_says_what_the_file_holds(tmp_path: Path, fmt: OutputFormat) 
     assert {(e.kind, e.code, e.retried_on_rerun) for e in footer.errors} == {
         ("rejected", "3051", False),
         ("timeout", "timeout", True),
-        ("invalid_input", "", False),
+        ("invalid_input", "no_prompt", False),
     }
     example = next(e.example for e in footer.errors if e.kind == "timeout")
     assert example is not None
@@ -533,7 +542,7 @@ def test_a_published_row_comes_back_as_its_outcome(tmp_path: Path, fmt: OutputFo
     path = tmp_path / "out"
     page = outcome(b"<html>\n", "p", "transient", code="502", http_status=502, ttft_s=0.25)
     rows = [outcome(completion()), REJECTED, UNREACHED, page]
-    publish(path, slice_of(*rows, InvalidRow("left out")), fmt=fmt)
+    publish(path, slice_of(*rows, InvalidRow("no_prompt", "left out")), fmt=fmt)
     assert list(outputs.read_back(path)) == rows
 
 

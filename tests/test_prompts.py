@@ -55,11 +55,11 @@ def body(
     return built.body
 
 
-def reason(row: dict[str, Any], like: dict[str, Any], forced: Shape | None = None) -> str:
-    """Why ``row`` is invalid in a table that has the columns of ``like``."""
+def invalid(row: dict[str, Any], like: dict[str, Any], forced: Shape | None = None) -> Invalid:
+    """What is wrong with ``row`` in a table that has the columns of ``like``."""
     built = Builder(layout([like], PLAIN, forced), PLAIN).build(row)
     assert isinstance(built, Invalid), built
-    return built.reason
+    return built
 
 
 # --- shapes ------------------------------------------------------------------------------------
@@ -301,6 +301,13 @@ def test_stream_is_written_only_when_asked_for() -> None:
     assert "stream_options" not in body({"prompt": "hi"}, PromptSettings(stream=True))
     asked = body({"prompt": "hi"}, PromptSettings(stream=True, stream_usage=True))
     assert asked["stream_options"] == {"include_usage": True}
+    own = {"custom_id": "a", "body": {"messages": USER, "stream_options": {"x": 1}}}
+    assert body(own)["stream_options"] == {"x": 1}
+    both = body(own, PromptSettings(stream=True, stream_usage=True))
+    assert both["stream_options"] == {"include_usage": True, "x": 1}
+    refused = {"custom_id": "a", "body": {"messages": USER, "stream_options": {"include_usage": 0}}}
+    refusing = body(refused, PromptSettings(stream=True, stream_usage=True))
+    assert refusing["stream_options"] == {"include_usage": 0}
     assert body({"messages": USER, "stream": True})["stream"] is True
     with_param = PromptSettings(params={"stream": False})
     assert body({"prompt": "hi"}, with_param)["stream"] is False
@@ -378,7 +385,59 @@ def test_stream_is_written_only_when_asked_for() -> None:
 def test_a_row_that_cannot_be_sent_says_why(
     row: dict[str, Any], like: dict[str, Any], why: str
 ) -> None:
-    assert reason(row, like) == why
+    assert invalid(row, like).reason == why
+
+
+@pytest.mark.parametrize(
+    ("row", "like", "code"),
+    [
+        ({}, {"prompt": "x"}, "no_prompt"),
+        ({"prompt": None}, {"prompt": "x"}, "null_prompt"),
+        ({"prompt": 4}, {"prompt": "x"}, "wrong_type"),
+        ({"prompt": ""}, {"prompt": "x"}, "blank_prompt"),
+        ({"prompt": " \t\u00a0\r\n"}, {"prompt": "x"}, "blank_prompt"),
+        ({"prompt": "\ud800"}, {"prompt": "x"}, "lone_surrogate"),
+        ({}, {"messages": USER}, "no_messages"),
+        ({"messages": []}, {"messages": USER}, "no_messages"),
+        ({"messages": None}, {"messages": USER}, "null_messages"),
+        ({"messages": "no list"}, {"messages": USER}, "not_json"),
+        ({"messages": [{"role": "user", "content": " "}]}, {"messages": USER}, "blank_prompt"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": ""}]},
+            {"messages": USER},
+            "blank_prompt",
+        ),
+        ({"messages": USER, "model": 7}, {"messages": USER}, "wrong_type"),
+        ({"messages": USER, "seed": float("nan")}, {"messages": USER}, "not_finite"),
+        ({"body": None}, {"custom_id": 1, "body": {}}, "null_body"),
+        ({"method": "GET", "body": {}}, {"custom_id": 1, "body": {}}, "other_api"),
+    ],
+)
+def test_reasons_have_codes_that_tell_them_apart(
+    row: dict[str, Any], like: dict[str, Any], code: str
+) -> None:
+    assert invalid(row, like).code == code
+    builder = Builder(layout([like], PLAIN, None), PLAIN)
+    assert builder.identify(row) == builder.build(row)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "only this"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
+        [{"role": "user", "content": ""}, {"role": "assistant", "content": None}],
+        [{"role": "user", "content": ""}, {"role": "tool", "content": "42"}],
+    ],
+)
+def test_messages_that_say_something_are_sent(messages: Any) -> None:
+    assert body({"messages": messages})["messages"] == messages
+
+
+def test_the_code_of_a_prompt_is_the_same_whatever_its_column_is_called() -> None:
+    settings = PromptSettings(prompt_column="question")
+    builder = Builder(layout([{"question": "x"}], settings, None), settings)
+    assert builder.build({"id": 1}) == Invalid("no_prompt", 'no "question"')
 
 
 @pytest.mark.parametrize(

@@ -187,13 +187,16 @@ def test_a_row_that_cannot_become_a_request_is_an_error_row_and_stops_nothing(
     mock: StartMock, submit: Submit
 ) -> None:
     server = mock()
-    Path("in.jsonl").write_text('{"prompt": "Question 0?"}\n{"prompt": \n{"prompt": null}\n')
-    ended = submit("in.jsonl", *to(server))
+    bad = '{"prompt": \n{"prompt": null}\n{"prompt": " "}\n'
+    Path("in.jsonl").write_text('{"prompt": "Question 0?"}\n' + bad)
+    ended = submit("in.jsonl", *to(server), "--json")
     assert ended.code == 3
     answers = table()
-    assert answers["status"] == ["ok", "error", "error"]
-    assert answers["error_kind"] == [None, "invalid_input", "invalid_input"]
-    assert answers["custom_id"] == ["1", "2", "3"]
+    assert answers["status"] == ["ok", "error", "error", "error"]
+    assert answers["error_kind"] == [None, *["invalid_input"] * 3]
+    assert answers["error_code"] == [None, "broken_json", "null_prompt", "blank_prompt"]
+    assert answers["custom_id"] == ["1", "2", "3", "4"]
+    assert [each["code"] for each in ended.summary["errors"]] == [*answers["error_code"][1:]]
     assert asked(server) == [0]
     # Recomputed, not remembered: the corrected row is sent, the others are not.
     Path("in.jsonl").write_text('{"prompt": "Question 0?"}\n{"prompt": "Question 1?"}\n')
