@@ -24,7 +24,6 @@ from batchrun.limits import Limits, LimitSettings
 from batchrun.pool import Feed, Pool
 from batchrun.progress import Progress, Snapshot
 from batchrun.types import (
-    IN_DOUBT,
     NO_USAGE,
     Attempt,
     Bound,
@@ -239,7 +238,9 @@ class _Desk:
             self._ever_ok = True
             return
         self.tally.attempt_failed(decision, again=False)
-        if not self._ever_ok and decision.alike and self._abort_after:
+        # Rows that may have been billed so often are not opened again for a next run to pay for.
+        may_compare = self._abort_after and decision.alike and not tries.doubt_spent
+        if may_compare and not self._ever_ok:
             self._compare(request.slot, decision)
 
     def abandoned(self, request: Request) -> None:
@@ -293,7 +294,7 @@ def outcome_of(request: Request, attempt: Attempt, decision: Decision, tries: Tr
         hash=request.hash,
         occurrence=request.occurrence,
         kind=kind,
-        final=ok or kind == "rejected" or decision.code == IN_DOUBT,
+        final=ok or kind == "rejected" or tries.doubt_spent,
         attempts=tries.attempts,
         in_doubt=request.in_doubt + tries.in_doubt,
         http_status=attempt.status,

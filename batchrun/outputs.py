@@ -34,7 +34,6 @@ from batchrun.accounting import INVALID_INPUT, OutputTally
 from batchrun.config import OutputFormat
 from batchrun.errors import LocalIOError
 from batchrun.types import (
-    IN_DOUBT,
     NO_USAGE,
     Answer,
     Answers,
@@ -910,8 +909,9 @@ def _outcome_of(row: _Published) -> Outcome | None:
 
 
 def _is_final(kind: OutcomeKind, code: str | None) -> bool:
-    # A row given up because its attempts may have been billed too often keeps its passing kind.
-    return kind not in _PASSING or code == IN_DOUBT
+    # Version 0.1 named a spent doubt budget in the code. Since then the attempts in doubt say it,
+    # and whoever plans the next run compares them with its budget.
+    return kind not in _PASSING or code == "in_doubt"
 
 
 def _kind(status: str | None, error_kind: str | None) -> OutcomeKind:

@@ -22,7 +22,7 @@ from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, Row,
 from batchrun.journal import Held, Journal, Survey
 from batchrun.outputs import InvalidRow, Slice
 from batchrun.prompts import Builder, Built, Identity, Invalid, Layout, PromptSettings
-from batchrun.types import IN_DOUBT, NO_USAGE, Outcome, Request
+from batchrun.types import NO_USAGE, Outcome, Request
 
 # The slot of a row that cannot become a request.
 INVALID = 0xFFFFFFFF
@@ -202,7 +202,7 @@ def _count_replaced(counts: Counts, layout: Layout, row: Row | BadRow, config: R
 def give_up_doubtful(plan: Plan, journal: Journal, max_in_doubt: int) -> int:
     """Settle the rows whose attempts of earlier runs may have been billed too often; how many.
 
-    They end with the error code ``in_doubt``, and only --retry-failed sends them again.
+    They keep the code of their last failure, and only --retry-failed sends them again.
     """
     if not journal.attempts_in_doubt:
         return 0
@@ -215,8 +215,10 @@ def give_up_doubtful(plan: Plan, journal: Journal, max_in_doubt: int) -> int:
             journal.settled(slot, _unanswered(journal, slot))
             plan.counts.new -= 1
         elif held is Held.PASSING:
-            last = journal.read(slot)
-            journal.settled(slot, msgspec.structs.replace(last, final=True, code=IN_DOUBT))
+            last = msgspec.structs.replace(
+                journal.read(slot), final=True, in_doubt=journal.in_doubt(slot)
+            )
+            journal.settled(slot, last)
             plan.counts.retried -= 1
         else:
             continue
@@ -236,7 +238,7 @@ def _unanswered(journal: Journal, slot: int) -> Outcome:
         attempts=attempts,
         in_doubt=attempts,
         http_status=None,
-        code=IN_DOUBT,
+        code="interrupted",
         message=f"{attempts} attempts were cut off, and each may have been billed",
         request_id="",
         model="",
@@ -283,7 +285,10 @@ def _pending(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[Reques
             built = identified(source.builder, batch.rows[index])
             if isinstance(built, Invalid) or built.hash != journal.hash(slot):
                 raise changed(source.file)
-            again = journal.held(slot) is Held.REJECTED
+            in_doubt = journal.in_doubt(slot)
+            if journal.held(slot) is Held.REJECTED or in_doubt > config.max_in_doubt_retries:
+                # Only --retry-failed comes here: the user's word that the risk is taken anew.
+                in_doubt = 0
             yield Request(
                 row=row,
                 body=prompts.encode(built.body),
@@ -292,8 +297,7 @@ def _pending(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[Reques
                 slot=slot,
                 model=built.model,
                 model_from_row=built.model_from_row,
-                # --retry-failed is the user's word that the risk is taken anew.
-                in_doubt=0 if again else journal.in_doubt(slot),
+                in_doubt=in_doubt,
             )
 
 

@@ -342,8 +342,7 @@ class Pool:
             return
         verdict = self._persistence.after(request, decision)
         if verdict.wait_s is None:
-            ended = _renamed(decision, verdict.code)
-            self._desk.settled(request, attempt, ended, verdict.tries)
+            self._desk.settled(request, attempt, decision, verdict.tries)
             return
         self._desk.failed(request, decision, again=True)
         self._parked[request.row] = self._loop.call_later(
@@ -451,14 +450,6 @@ class Pool:
     def _cut(self) -> None:
         for task in list(self._busy):
             task.cancel()
-
-
-def _renamed(decision: Decision, code: str) -> Decision:
-    if not code:
-        return decision
-    return Decision(
-        kind=decision.kind, code=code, reason=decision.reason, in_doubt=decision.in_doubt
-    )
 
 
 # Contract §6: when several exit codes apply.

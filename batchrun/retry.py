@@ -33,7 +33,6 @@ from tenacity.stop import stop_after_attempt, stop_base
 from tenacity.wait import wait_base, wait_exponential
 
 from batchrun.types import (
-    IN_DOUBT,
     Attempt,
     Decision,
     DecisionKind,
@@ -121,10 +120,10 @@ def _unreadable(attempt: Attempt, status: int) -> Decision:
         return _unusable("empty_body", f"answered {status} with an empty body")
     if _is_html(attempt):
         page = f"answered {status} with an HTML page, not a completion; is the base URL right?"
-        return _unusable("not_json", page)
+        return _unusable("bad_json", page)
     error = attempt.reply.error
     words = f": {_one_line(error.message, 80)}" if error is not None and error.message else ""
-    return _unusable("not_json", f"answered {status} with something that is not whole JSON{words}")
+    return _unusable("bad_json", f"answered {status} with something that is not whole JSON{words}")
 
 
 def _unusable(code: str, reason: str) -> Decision:
@@ -263,6 +262,10 @@ _FILTER_WORDS: Final = re.compile(
 )
 _TOO_LARGE_WORDS: Final = re.compile(
     r"request (?:is )?too large|request_too_large|payload too large"
+)
+# Classes of errors, not causes: beside one of these the status says more.
+_CLASSES: Final = frozenset(
+    ("api_error", "error", "internal_server_error", "invalid_request_error", "server_error")
 )
 _OUGHT_TO_PASS: Final = frozenset((408, 409, 425, 498, 499))
 # A gateway or the client's side gave up while the model may have been at work.
@@ -492,7 +495,7 @@ def _transient(said: _Said) -> Decision:
         reason += " (a gateway stopped waiting; --stream keeps long answers alive)"
     return Decision(
         kind="transient",
-        code=said.code,
+        code=said.number if said.codes[0] in _CLASSES else said.code,
         reason=reason,
         wait_s=_named_wait(said.attempt),
         in_doubt=_may_be_billed(said),
@@ -744,10 +747,13 @@ class Wait(Struct, frozen=True):
 
 
 class GiveUp(Struct, frozen=True):
-    """Settle the row with the decision's kind and this code; ``final`` as in Outcome."""
+    """Settle the row with the decision's kind and code.
 
-    code: str
-    final: bool
+    ``doubt_spent``: it may have been billed as often as is allowed, so only --retry-failed sends it
+    again.
+    """
+
+    doubt_spent: bool = False
 
 
 class Policy:
@@ -783,16 +789,16 @@ class Policy:
         tally.attempts += 1
         tally.in_doubt += decision.in_doubt
         if decision.kind not in _PASSING_KINDS:
-            return GiveUp(decision.code, final=decision.kind == "rejected")
+            return GiveUp()
         if decision.kind == "rate_limit":
             return self._after_refusal(tally, decision, others_succeed)
         if decision.unreachable:
             # No row's fault, so it ends none: an outage is for the limits to judge.
             return _pause(self._retries, tally.attempts, decision)
         if decision.in_doubt and _is_spent(self._in_doubt, tally.in_doubt, decision):
-            return GiveUp(IN_DOUBT, final=True)
+            return GiveUp(doubt_spent=True)
         if _is_spent(self._retries, tally.retries + 1, decision):
-            return GiveUp(decision.code, final=False)
+            return GiveUp()
         tally.retries += 1
         return _pause(self._retries, tally.retries, decision)
 
@@ -800,7 +806,7 @@ class Policy:
         tally.refusals += 1
         tally.passed_over += others
         if _is_spent(self._refusals, tally.passed_over, decision):
-            return GiveUp(decision.code, final=False)
+            return GiveUp()
         return _pause(self._refusals, tally.refusals, decision)
 
 
@@ -829,7 +835,7 @@ class Persistence:
         step = self._policy.next(tally, decision, others_succeed=others_succeed)
         tries = Tries(tally.attempts, tally.in_doubt - request.in_doubt)
         if isinstance(step, GiveUp):
-            return Verdict(None, tries, step.code if step.code != decision.code else "")
+            return Verdict(None, tries._replace(doubt_spent=step.doubt_spent))
         self._tallies[request.row] = tally
         return Verdict(step.seconds, tries)
 

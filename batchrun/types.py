@@ -62,8 +62,6 @@ def _plus(a: int | None, b: int | None) -> int | None:
 
 
 NO_USAGE = Usage()
-# The error code of a row that may have been billed as often as is allowed.
-IN_DOUBT = "in_doubt"
 
 
 class Request(Struct, frozen=True, gc=False):
@@ -136,6 +134,7 @@ class Tries(NamedTuple):
 
     attempts: int
     in_doubt: int
+    doubt_spent: bool = False  # it ended because it may have been billed as often as is allowed
 
 
 class Verdict(NamedTuple):
@@ -143,7 +142,6 @@ class Verdict(NamedTuple):
 
     wait_s: float | None
     tries: Tries
-    code: str = ""  # why the row ends, where that is not the decision's own code
 
 
 class Outcome(Struct, frozen=True, gc=False):

@@ -100,8 +100,8 @@ def of_kind(kind: str, request: MockRequest) -> MockReply:
         ("endless head", "transient", "disconnected"),
         ("bad_head", "invalid_response", "bad_header"),
         ("one byte every 10 s", "timeout", "timeout"),
-        ("deep_json", "invalid_response", "not_json"),
-        ("truncated_json", "invalid_response", "not_json"),
+        ("deep_json", "invalid_response", "bad_json"),
+        ("truncated_json", "invalid_response", "bad_json"),
         ("invalid_utf8", "invalid_response", "not_utf8"),
     ],
 )
@@ -153,7 +153,7 @@ def test_hostile_replies_all_at_once_cost_little_memory(
         code, said = process.wait()
     assert code == 3, said
     codes = Counter(pq.read_table(tmp_path / "out.parquet").column("error_code").to_pylist())
-    typed = {"huge_header": "bad_header", "deep_json": "not_json"}
+    typed = {"huge_header": "bad_header", "deep_json": "bad_json"}
     assert set(codes) == {typed.get(kind, "too_large") for kind in kinds}
     assert process.peak_rss_bytes - honest_peak_bytes(AT_ONCE) < ALLOWED_GROWTH_BYTES
 

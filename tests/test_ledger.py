@@ -188,10 +188,14 @@ def test_a_row_killed_in_flight_is_sent_so_often_and_then_only_on_demand(
     assert ended.code == 3
     assert [entry.prompt for entry in server.ledger.entries].count(doubtful) == sent
     row, other = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert (row["status"], row["error_code"], row["in_doubt_attempts"]) == ("error", "in_doubt", 2)
+    assert (row["status"], row["error_code"], row["in_doubt_attempts"]) == (
+        "error",
+        "interrupted",
+        2,
+    )
     assert other["status"] == "ok"
     (error,) = ended.summary["errors"]
-    assert (error["code"], error["rows"], error["retried_on_rerun"]) == ("in_doubt", 1, False)
+    assert (error["code"], error["rows"], error["retried_on_rerun"]) == ("interrupted", 1, False)
 
     assert submit(*arguments).code == 3
     assert [entry.prompt for entry in server.ledger.entries].count(doubtful) == sent

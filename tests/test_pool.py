@@ -99,7 +99,7 @@ class Patience:
         self.attempts[request.row] += 1
         tries = Tries(self.attempts[request.row], 0)
         if self.attempts[request.row] >= self.tries:
-            return Verdict(None, tries, "gave_up")
+            return Verdict(None, tries)
         return Verdict(self.wait_s, tries)
 
     def settle(self, request: Request) -> Tries | None:

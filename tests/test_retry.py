@@ -29,7 +29,6 @@ from batchrun.retry import (
     retry_after,
 )
 from batchrun.types import (
-    IN_DOUBT,
     Attempt,
     Decision,
     DecisionKind,
@@ -184,24 +183,24 @@ COMPLETIONS = [
         "not JSON",
         says(200, b"Service is starting"),
         "invalid_response",
-        code="not_json",
+        code="bad_json",
         in_doubt=True,
-        alike="200|not_json|",
+        alike="200|bad_json|",
         reason="answered 200 with something that is not whole JSON: Service is starting",
     ),
     case(
         "JSON cut short without a sign",
         says(200, json.dumps(completion()).encode()[:60]),
         "invalid_response",
-        code="not_json",
+        code="bad_json",
         reason="answered 200 with something that is not whole JSON",
     ),
     case(
         "an HTML page (captive portal)",
         says(200, b"<html><body>Log in</body></html>", HTML),
         "invalid_response",
-        code="not_json",
-        alike="200|not_json|",
+        code="bad_json",
+        alike="200|bad_json|",
         reason="answered 200 with an HTML page, not a completion; is the base URL right?",
     ),
     case("no choices", says(200, {"id": "x"}), "invalid_response", code="no_choices"),
@@ -1492,30 +1491,30 @@ def steps(of: Policy, decision: Decision, *, tally: Tally | None = None) -> Iter
 def test_a_passing_failure_is_retried_max_retries_times(max_retries: int) -> None:
     *waits, last = steps(policy(max_retries), TRANSIENT)
     assert len(waits) == max_retries
-    assert last == GiveUp("500", final=False)
+    assert last == GiveUp()
 
 
 @pytest.mark.parametrize("max_in_doubt", [0, 1, 2])
 def test_what_may_have_been_billed_has_a_smaller_budget(max_in_doubt: int) -> None:
     *waits, last = steps(policy(max_in_doubt=max_in_doubt), DOUBTFUL)
     assert len(waits) == max_in_doubt
-    assert last == GiveUp(IN_DOUBT, final=True)
+    assert last == GiveUp(doubt_spent=True)
 
 
 def test_attempts_in_doubt_of_earlier_runs_count() -> None:
     *waits, last = steps(policy(), DOUBTFUL, tally=Tally(in_doubt=1))
     assert len(waits) == 1
-    assert last == GiveUp(IN_DOUBT, final=True)
+    assert last == GiveUp(doubt_spent=True)
 
 
 def test_a_retry_in_doubt_is_one_of_the_retries() -> None:
     *waits, last = steps(policy(1, 5), DOUBTFUL)
     assert len(waits) == 1
-    assert last == GiveUp("timeout", final=False)
+    assert last == GiveUp()
 
 
 def test_a_rejected_row_is_final_at_once() -> None:
-    assert list(steps(policy(), REJECTED)) == [GiveUp("400", final=True)]
+    assert list(steps(policy(), REJECTED)) == [GiveUp()]
 
 
 def test_rate_limits_use_up_no_retries() -> None:
@@ -1524,13 +1523,13 @@ def test_rate_limits_use_up_no_retries() -> None:
     for _ in range(10):
         assert isinstance(of.next(tally, REFUSED), Wait)
     assert isinstance(of.next(tally, TRANSIENT), Wait)
-    assert of.next(tally, TRANSIENT) == GiveUp("500", final=False)
+    assert of.next(tally, TRANSIENT) == GiveUp()
 
 
 def test_a_row_refused_while_others_succeed_ends_after_20_refusals() -> None:
     *waits, last = steps(policy(), REFUSED)
     assert len(waits) == MAX_REFUSALS - 1
-    assert last == GiveUp("1300", final=False)
+    assert last == GiveUp()
 
 
 def test_a_row_refused_like_all_others_goes_on_waiting() -> None:
@@ -1616,17 +1615,17 @@ def test_a_settled_row_tells_all_its_attempts() -> None:
     memory, of = persistence(), request(in_doubt=1)
     assert memory.after(of, TRANSIENT).wait_s is not None
     assert memory.after(of, DOUBTFUL).wait_s is not None
-    assert memory.settle(of) == (3, 1)
+    assert memory.settle(of) == (3, 1, False)
     assert memory.settle(of) is None
 
 
-def test_a_row_that_ends_tells_why_where_its_own_code_does_not() -> None:
+def test_a_row_that_ends_tells_whether_its_doubt_is_spent() -> None:
     memory = persistence(max_retries=1)
     first, last = request(row=1), request(row=2, in_doubt=2)
     assert memory.after(first, TRANSIENT).wait_s is not None
-    assert memory.after(first, TRANSIENT) == (None, (2, 0), "")
-    assert memory.after(last, DOUBTFUL) == (None, (1, 1), IN_DOUBT)
-    assert memory.after(request(row=3), REJECTED) == (None, (1, 0), "")
+    assert memory.after(first, TRANSIENT) == (None, (2, 0, False))
+    assert memory.after(last, DOUBTFUL) == (None, (1, 1, True))
+    assert memory.after(request(row=3), REJECTED) == (None, (1, 0, False))
 
 
 def test_rows_do_not_share_their_budgets() -> None:

@@ -134,7 +134,8 @@ def test_every_row_ends_once_in_input_order_and_the_tokens_add_up(
     failed = [n for n, status in enumerate(answers["status"]) if status != "ok"]
     assert len(failed) <= rows // 1000
     assert ended.code == (3 if failed else 0)
-    assert {answers["error_code"][n] for n in failed} <= {"in_doubt"}
+    assert {answers["error_code"][n] for n in failed} <= {"disconnected", "bad_json", "cut"}
+    assert all(answers["in_doubt_attempts"][n] == 3 for n in failed)
     for n, (status, response) in enumerate(
         zip(answers["status"], answers["response"], strict=True)
     ):
@@ -471,6 +472,52 @@ def test_rejected_rows_wait_for_retry_failed_and_passing_ones_do_not(
     assert set(table()["status"]) == {"ok"}
     assert submit(*command, "--retry-failed").code == 0
     assert server.ledger.requests == 6
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_code_names_the_cause_also_when_the_doubt_is_spent(
+    suffix: str, mock: StartMock, submit: Submit
+) -> None:
+    kinds = {0: "504", 1: "disconnect", 2: "cut", 3: "truncated_json", 4: "408"}
+
+    def respond(request: MockRequest) -> MockReply | None:
+        kind = kinds.get(int(request.prompt.split()[1][:-1]))
+        if kind == "408":
+            return error_reply(408, "too slow")
+        return fault_reply(kind, request) if kind else None
+
+    server = mock(respond=respond)
+    write_rows(range(6))
+    output = f"out.{suffix}"
+    command = ("in.jsonl", *to(server), "-o", output, "--max-in-doubt-retries", 0, "--json")
+    codes = {"504", "disconnected", "cut", "bad_json", "408"}
+    for asked_in_all in (6, 6):
+        ended = submit(*command)
+        assert ended.code == 3
+        assert {cause["code"] for cause in ended.summary["errors"]} == codes
+        assert not any(cause["retried_on_rerun"] for cause in ended.summary["errors"])
+        assert server.ledger.requests == asked_in_all
+    # An edited row makes the next run read the old output back: the doubt is still spent.
+    write_rows(range(7))
+    assert submit(*command).code == 3
+    assert server.ledger.requests == 7
+    kinds.clear()
+    assert submit(*command, "--retry-failed").code == 0
+    assert server.ledger.requests == 12
+
+
+def test_retry_failed_takes_the_doubt_anew(mock: StartMock, submit: Submit) -> None:
+    # Between two faults there is an answer only for who sends more than once.
+    server = mock(respond=lambda r: fault_reply("cut", r) if r.n in (1, 2, 3, 4) else None)
+    write_rows([0])
+    command = ("in.jsonl", *to(server), "--max-in-doubt-retries", 2)
+    assert submit(*command).code == 3
+    assert table()["in_doubt_attempts"] == [3]
+    assert submit(*command).code == 3
+    assert server.ledger.requests == 3
+    # The first of these is cut again; with the old doubts counted it would have been the last.
+    assert submit(*command, "--retry-failed").code == 0
+    assert server.ledger.requests == 5
 
 
 def test_allowed_failures_end_with_0(mock: StartMock, submit: Submit) -> None:
