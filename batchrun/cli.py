@@ -21,7 +21,7 @@ import click
 import msgspec
 from msgspec import Struct
 
-from batchrun import report
+from batchrun import report, secret
 from batchrun.config import STDIN, STDOUT, VERSION, RunConfig, output_format
 from batchrun.errors import (
     EXIT_BUG,
@@ -58,7 +58,7 @@ from batchrun.options import (
     parse_headers,
 )
 from batchrun.progress import FAREWELL_S, Progress
-from batchrun.providers import Secret
+from batchrun.secret import Scrubber, Secret
 from batchrun.types import RunSummary
 
 EXIT_INTERRUPTED = 130
@@ -430,21 +430,20 @@ def _without_secrets(given: Given, options: Options) -> Iterator[None]:
     except (BatchrunError, BrokenPipeError, click.ClickException):
         raise
     except Exception:
-        text = traceback.format_exc()
-        for secret in _secrets(given, options):
-            text = secret.scrub(text)
-        raise _Bug(text) from None
+        raise _Bug(_scrubber(given, options).scrub(traceback.format_exc())) from None
 
 
-def _secrets(given: Given, options: Options) -> list[Secret]:
+def _scrubber(given: Given, options: Options) -> Scrubber:
     names = {*key_variables(), *([options.api_key_env] if options.api_key_env else [])}
-    secrets = [Secret(given.environ[name]) for name in names if given.environ.get(name)]
-    with contextlib.suppress(UsageError):
-        secrets += [value for _, value in parse_headers(options.header)]
+    keys = [Secret(given.environ[name]) for name in names if given.environ.get(name)]
+    keys += secret.in_url(options.base_url or "")
     if options.api_key_file is not None:
         with contextlib.suppress(OSError, ValueError):
-            secrets.append(Secret(Path(options.api_key_file).read_text(encoding="utf-8").strip()))
-    return secrets
+            keys.append(Secret(Path(options.api_key_file).read_text(encoding="utf-8").strip()))
+    values: list[Secret] = []
+    with contextlib.suppress(UsageError):
+        values = [value for _, value in parse_headers(options.header)]
+    return Scrubber(keys, values)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from batchrun.errors import UsageError
-from batchrun.providers import Endpoint, Secret
+from batchrun.providers import Endpoint
+from batchrun.secret import Secret
 from batchrun.types import Shape
 
 JSONValue: TypeAlias = (

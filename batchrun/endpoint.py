@@ -27,10 +27,11 @@ from aiohttp.connector import Connection
 from multidict import CIMultiDict
 from yarl import URL
 
-from batchrun import answers
+from batchrun import answers, secret
 from batchrun.config import VERSION
 from batchrun.errors import EndpointRefused, StoppedEarly
-from batchrun.providers import Endpoint, Secret
+from batchrun.providers import Endpoint
+from batchrun.secret import Scrubber, Secret
 from batchrun.sse import Assembler
 from batchrun.types import Attempt, Failure, Reply, Request
 
@@ -55,8 +56,6 @@ STREAM_TAIL_S = 5.0
 # aiohttp warns when larger bodies are given as bytes: it would copy them in one go.
 LARGE_BODY_BYTES = 2**20
 MAX_HEADER_BYTES = 64 * 2**10
-# Shorter header values ("1", "true") are no secrets, and occur in every JSON.
-MIN_SECRET_BYTES = 8
 # More would keep the first of them waiting for milliseconds.
 MOST_TOGETHER = 16
 LEAN_VERSIONS = ("3.14.",)
@@ -91,10 +90,8 @@ class ChatEndpoint:
         self._proxy = proxy_for(endpoint.url) if proxied else None
         # A proxy wants heads of its own.
         self._is_lean = self._proxy is None and aiohttp.__version__.startswith(LEAN_VERSIONS)
-        self._secrets = [endpoint.key] if endpoint.key else []
-        self._secrets += [value for _, value in headers]
-        values = [secret.reveal().encode() for secret in self._secrets]
-        self._secret_bytes = [value for value in values if len(value) >= MIN_SECRET_BYTES]
+        keys = [*([endpoint.key] if endpoint.key else []), *secret.in_url(endpoint.url)]
+        self._scrubber = Scrubber(keys, [value for _, value in headers])
 
     async def __aenter__(self) -> Self:
         self._session = self._new_session(lean=self._is_lean)
@@ -175,31 +172,26 @@ class ChatEndpoint:
             stopped = EndpointRefused if failure in ("tls", "no_host") else StoppedEarly
             raise stopped(f"cannot ask {host} for its models: {self.scrub(detail)}") from exc
         if response.status != 200:
-            error = answers.parse(body).error
-            said = f": {self.scrub(error.message)}" if error and error.message else ""
+            error = answers.parse(self._scrubber.scrub_bytes(body)).error
+            said = f": {error.message}" if error and error.message else ""
             raise EndpointRefused(f"{host} does not list its models (HTTP {response.status}){said}")
         try:
             listing = msgspec.json.decode(body, type=_ModelList)
         except msgspec.DecodeError as exc:
             raise EndpointRefused(f"{host} did not answer with a list of models") from exc
-        return [model.id for model in listing.data]
+        return [self.scrub(model.id) for model in listing.data]
 
     def scrub(self, text: str) -> str:
         """``text`` without any secret this endpoint was given."""
-        for secret in self._secrets:
-            text = secret.scrub(text)
-        return text
+        return self._scrubber.scrub(text)
 
     def _scrubbed(self, response: aiohttp.ClientResponse) -> Mapping[str, str]:
         """The reply's headers, which become request ids and reasons, without any secret."""
-        if not self._secret_bytes:
+        together = b"\n".join([value for _, value in response.raw_headers])
+        if self._scrubber.scrub_bytes(together) == together:
             return response.headers
-        for _, value in response.raw_headers:
-            for secret in self._secret_bytes:
-                if secret in value:
-                    shown = ((name, self.scrub(value)) for name, value in response.headers.items())
-                    return CIMultiDict(shown)
-        return response.headers
+        shown = ((name, self.scrub(value)) for name, value in response.headers.items())
+        return CIMultiDict(shown)
 
     async def _read(self, response: aiohttp.ClientResponse, started_s: float) -> Attempt:
         ttft_s: float | None = None
@@ -216,9 +208,7 @@ class ChatEndpoint:
         if response.status != 200 or failure or reply is None or reply.error or not reply.choices:
             # Some endpoints quote the key they refuse; it must not reach journal or report. An
             # answer stays as it came.
-            scrubbed = body
-            for secret in self._secret_bytes:
-                scrubbed = scrubbed.replace(secret, b"[key]")
+            scrubbed = self._scrubber.scrub_bytes(body)
             if scrubbed != body:
                 body, reply = scrubbed, _parsed(scrubbed)
         return Attempt(

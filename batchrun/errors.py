@@ -11,7 +11,7 @@
     └── Interrupted            129/130/143   SIGHUP, SIGINT, SIGTERM
 
 The first line of ``str(error)`` says what, where and what to do; further lines are indented advice.
-No message ever holds a key: endpoints' texts pass ``config.Secret.scrub`` first.
+No message ever holds a key: endpoints' texts pass ``secret.Scrubber`` first.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ from batchrun.config import (
     output_format,
 )
 from batchrun.errors import UsageError
-from batchrun.providers import PROVIDERS, Endpoint, Secret
+from batchrun.providers import PROVIDERS, Endpoint
+from batchrun.secret import Secret, hidden_in_url
 from batchrun.types import Shape
 
 ENV_PREFIX = "BATCHRUN_"
@@ -372,11 +373,6 @@ def parse_deadline(text: str, now: datetime | None = None) -> float:
     return then.timestamp() - now.timestamp()
 
 
-_SECRET_IN_URL = re.compile(
-    r"([?&][^=&\s]*(?:key|token|sig|secret)[^=&\s]*=)[^&\s]+", re.IGNORECASE
-)
-
-
 def command_to_paste(argv: Sequence[str]) -> str:
     """The command line to type again, quoted for a shell, with nothing secret in it."""
     shown: list[str] = []
@@ -389,7 +385,7 @@ def command_to_paste(argv: Sequence[str]) -> str:
         elif arg.startswith("-H") and arg != "-H":
             arg = "-H" + _redacted_header(arg[2:])
         redact_next = not redact_next and arg in ("-H", "--header")
-        shown.append(_SECRET_IN_URL.sub(r"\1***", arg))
+        shown.append(hidden_in_url(arg))
     return shlex.join(["batchrun", *shown])
 
 

@@ -9,37 +9,11 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from batchrun.errors import UsageError
+from batchrun.secret import Secret, hidden_in_url
 
 DEFAULT_BASE_URL = "https://api.Mistral.com"
 DEFAULT_MODEL = "Mistral-chat"
 DEFAULT_KEY_ENV = "BATCHRUN_API_KEY"
-
-
-class Secret:
-    """A text that never shows: not in ``repr``, ``str`` or a format."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def reveal(self) -> str:
-        return self._value
-
-    def scrub(self, text: str) -> str:
-        """``text`` with every copy of the secret replaced, also inside an endpoint's own words."""
-        return text.replace(self._value, "[key]") if len(self._value) >= 4 else text
-
-    def __repr__(self) -> str:
-        return "Secret(***)"
-
-    __str__ = __repr__
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._value == self._value
-
-    def __hash__(self) -> int:
-        return hash(self._value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +112,7 @@ def resolve(
     preset = _preset(provider)
     base = base_url or _preset_base(preset, environ) or DEFAULT_BASE_URL
     url = chat_url(base)
+    base = hidden_in_url(base)
     parts = urlsplit(url)
     hostname = (parts.hostname or "").lower()
     owner = preset if preset and _owns(preset, hostname, base_url is None) else _owner(hostname)

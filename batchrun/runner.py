@@ -62,6 +62,7 @@ from batchrun.prompts import PromptSettings
 from batchrun.providers import DEFAULT_MODEL, Endpoint, provider_of
 from batchrun.report import FileFacts, StartFacts
 from batchrun.saved import save_config, saved_hosts
+from batchrun.secret import hidden_in_url
 from batchrun.types import Bound, OutputTotals, RowCounts, RunSummary, State, ThisRun
 
 MOCK_HOST = "mock"
@@ -564,7 +565,7 @@ class _Run:
         summary.finished_at = now_utc()
         summary.wall_s = round(time.monotonic() - self.started_s, 3)
         if self.config.endpoint is not None:
-            summary.endpoint = self.config.endpoint.url
+            summary.endpoint = hidden_in_url(self.config.endpoint.url)
         return summary
 
     # Facts for people

@@ -21,6 +21,7 @@ from batchrun.prompts import Invalid
 from batchrun.report import BadRowFacts, CollectFacts, StatusFacts, ValidateFacts
 from batchrun.runner import chat_endpoint, file_facts, has_journal, now_utc, prompt_settings
 from batchrun.saved import Saved, read_saved, restored
+from batchrun.secret import hidden_in_url
 from batchrun.slots import SlotTable
 from batchrun.types import RowCounts
 
@@ -63,7 +64,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
             bad=bad,
             bad_rows=tuple(bad_rows),
             repeats=repeats,
-            url=config.endpoint.url if config.endpoint else None,
+            url=hidden_in_url(config.endpoint.url) if config.endpoint else None,
             renamed=tuple(types.carried().renamed),
             skipped=tuple(skipped),
             first_body=bodies[0] if bodies else None,

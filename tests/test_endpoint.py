@@ -19,8 +19,9 @@ from batchrun.errors import BatchrunError, EndpointRefused, StoppedEarly
 from batchrun.mock_replies import StreamUsage
 from batchrun.mock_server import Knobs, MockReply, MockRequest, MockServer, Respond, completion
 from batchrun.prompts import encode, request_hash
-from batchrun.providers import Endpoint, Secret, resolve
+from batchrun.providers import Endpoint, resolve
 from batchrun.retry import classify
+from batchrun.secret import Secret
 from batchrun.types import Attempt, Request, Usage
 
 KEY = "sk-0123456789-very-secret"

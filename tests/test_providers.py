@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from batchrun.errors import UsageError
-from batchrun.providers import PROVIDERS, Endpoint, Secret, chat_url, provider_of, resolve
+from batchrun.providers import PROVIDERS, Endpoint, chat_url, provider_of, resolve
+from batchrun.secret import Secret
 
 KEY = "sk-canary-0123456789"
 

@@ -43,9 +43,9 @@ from batchrun.providers import (
     DEFAULT_KEY_ENV,
     DEFAULT_MODEL,
     PROVIDERS,
-    Secret,
 )
 from batchrun.report import CollectFacts, StatusFacts, ValidateFacts
+from batchrun.secret import Secret
 from batchrun.types import RunSummary, TokenCounts
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from batchrun import report
 from batchrun.config import RunConfig
 from batchrun.errors import EndpointRefused, Locked, UsageError
-from batchrun.providers import Endpoint, Secret
+from batchrun.providers import Endpoint
 from batchrun.report import (
     BadRowFacts,
     CollectFacts,
@@ -25,6 +25,7 @@ from batchrun.report import (
     StatusFacts,
     ValidateFacts,
 )
+from batchrun.secret import Secret
 from batchrun.types import (
     ErrorCount,
     ErrorExample,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,8 +13,9 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pyarrow.parquet as pq
 import pytest
@@ -150,6 +153,94 @@ def test_a_key_that_the_endpoint_quotes_is_found_nowhere(
     # It was really sent, so that there was something to quote.
     assert entries[0].headers["Authorization"] == f"Bearer {KEY}"
     assert entries[0].headers["X-Extra"] == EXTRA
+
+
+# A credential as keys are made today, and what an endpoint may make of it.
+TRICKY = "sk/canary+0123456789/tricky+KEY=="
+PASSWORD = "canary pässword/42+"
+BASIC = base64.b64encode(f"someone:{PASSWORD}".encode()).decode()
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "as it is": lambda text: text,
+    "slashes escaped": lambda text: text.replace("/", "\\/"),
+    "plus escaped": lambda text: text.replace("+", "\\u002B").replace("/", "\\u002f"),
+    "all escaped": lambda text: "".join(f"\\u{ord(char):04X}" for char in text),
+    "for a URL": lambda text: quote(text, safe=""),
+    "JSON in JSON": lambda text: json.dumps(json.dumps(text).replace("/", "\\/"))[1:-1],
+    "for HTML": lambda text: "".join(f"&#x{ord(char):x};" for char in text),
+}
+CREDENTIALS = {
+    "a key": (("--api-key-env", "TRICKY"), TRICKY),
+    "a bearer": (("-H", f"Authorization: Bearer {TRICKY}"), TRICKY),
+    "a header": (("-H", f"X-Goog-Api-Key: {TRICKY}"), TRICKY),
+    "base64": (("-H", f"Authorization: Basic {BASIC}"), BASIC),
+    "a password": (("-H", f"Authorization: Basic {BASIC}"), PASSWORD),
+    "an encoded token": (("-H", f"X-Token: {quote(TRICKY, safe='')}"), TRICKY),
+    "a query": (("--base-url", f"?api-key={quote(TRICKY, safe='')}"), TRICKY),
+}
+
+
+def read_back(text: str) -> str:
+    """``text`` as somebody reads it who undoes every escape."""
+    for _ in range(3):
+        text = re.sub(r"\\+u([0-9A-Fa-f]{4})", lambda code: chr(int(code[1], 16)), text)
+        text = re.sub(r"&#x([0-9A-Fa-f]+);", lambda code: chr(int(code[1], 16)), text)
+        text = unquote(re.sub(r"\\+/", "/", text))
+    return text
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("credential", CREDENTIALS)
+def test_a_credential_is_known_in_every_spelling_and_by_its_parts(
+    credential: str,
+    spelling: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRICKY", TRICKY)
+    (flag, value), quoted = CREDENTIALS[credential]
+    # Filler puts it where messages are cut: half of it must not stay.
+    told = SPELLINGS[spelling](quoted)
+    bodies = [
+        f'{{"error": {{"message": "{"wrong " * times}{told}", "code": "{told}"}}}}'.encode()
+        for times in (1, 48, 331)
+    ]
+
+    def respond(request: MockRequest) -> MockReply:
+        return MockReply(status=400, body=bodies[request.n % 3])
+
+    with MockServerThread(respond=respond) as server:
+        in_query = value if flag == "--base-url" else ""
+        code = run_command(
+            [
+                *("submit", "in.jsonl", "-m", "m", "-v", "--json", "-c", "1", "--abort-after", "0"),
+                *("--base-url", f"{server.url}/v1{in_query}", "--log-file", "log.txt"),
+                *(() if in_query else (flag, value)),
+            ]
+        )
+    said = capfd.readouterr()
+    assert code == 3, said.err
+    for what, text in (("stdout", said.out), ("stderr", said.err), *everything_written()):
+        plain = read_back(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        assert quoted not in plain, what
+        assert quoted[4:-4] not in plain, what
+
+
+def test_words_that_only_contain_a_short_key_stay(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CANARY", "none")
+    said = "nonetheless none of them is allowed"
+    with MockServerThread(respond=lambda request: error_reply(400, said)) as server:
+        run_command(
+            [
+                *("submit", "in.jsonl", "-m", "m", "--base-url", server.url),
+                *("--api-key-env", "CANARY", "--abort-after", "0"),
+            ]
+        )
+    capfd.readouterr()
+    table = pq.read_table("in.results.parquet")
+    assert table["error_message"][0].as_py() == "nonetheless [key] of them is allowed"
 
 
 def test_the_journal_of_a_killed_run_holds_no_key() -> None:
