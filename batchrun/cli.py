@@ -91,6 +91,7 @@ def cli() -> None:
     """A file of prompts in, a Parquet of answers out.
 
     Running the same command again is always safe: it continues, and never pays twice.
+    The manual, also without a network: batchrun help
     """
 
 
@@ -350,6 +351,23 @@ def _required_key(name: str | None, environ: Mapping[str, str]) -> str | None:
     if not environ.get(name):
         raise UsageError(f"--require-key-env {name}: that variable is not set or empty")
     return environ[name]
+
+
+@cli.command("help")
+@click.argument("topic", required=False)
+@click.pass_context
+def show_help(ctx: click.Context, topic: str | None) -> int:
+    """Read the manual: its topics, one of them, a recipe, or the help of a command."""
+    from batchrun import topics
+
+    if topic is None:
+        text = topics.contents(list(cli.commands))
+    elif command := cli.commands.get(topic):
+        text = command.get_help(click.Context(command, info_name=topic, parent=ctx.parent))
+    else:
+        text = topics.read(topic)
+    click.echo(text)
+    return EXIT_OK
 
 
 def _tell(facts: Struct, block: str, *, as_json: bool) -> None:

@@ -268,8 +268,9 @@ def _no_key(base: str, host: str, owner: Provider | None, environ: Mapping[str, 
         return UsageError(
             f"no key for {base}. Set {wanted}, or choose",
             next_steps=(
-                "--provider mistral (MISTRAL_API_KEY), --provider openai, ...; see README",
+                "--provider mistral (MISTRAL_API_KEY), --provider openai, ...",
                 "--mock              try it without a key or network (synthetic answers)",
+                "batchrun help endpoints   shows the others, with their keys",
             ),
         )
     return UsageError(
