@@ -29,6 +29,7 @@ from batchrun.errors import (
     EXIT_USAGE,
     BatchrunError,
     Locked,
+    NoKey,
     UsageError,
 )
 from batchrun.flags import (
@@ -113,7 +114,19 @@ def submit(ctx: click.Context, /, **values: object) -> int:
     with _ends_in_json(options.json, options.inputs), _without_secrets(given, options):
         if not options.quiet:
             _warn(given)
-        return _submit(options, build_config(options, given))
+        return _submit(options, _settled(options, given))
+
+
+def _settled(options: Options, given: Given) -> RunConfig:
+    """The config; a mistake in the input is said before a missing key."""
+    try:
+        return build_config(options, given)
+    except NoKey:
+        if STDIN not in options.inputs:
+            from batchrun import views
+
+            views.look(build_config(options, given, sends=False))
+        raise
 
 
 def _submit(options: Options, config: RunConfig) -> int:

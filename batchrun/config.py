@@ -170,7 +170,8 @@ def default_output(inputs: Sequence[str], *, mock: bool) -> str:
         )
     name = path.name
     for suffixes in ((".gz", ".zst"), (".jsonl", ".ndjson", ".parquet")):
-        name = next((name.removesuffix(s) for s in suffixes if name.endswith(s)), name)
+        if name.lower().endswith(suffixes):
+            name = name[: name.rindex(".")]
     return str(path.with_name(f"{name or path.name}.{'mock' if mock else 'results'}.parquet"))
 
 

@@ -2,6 +2,7 @@
 
     BatchrunError                    exit code
     ├── UsageError                       2   options, settings or inputs that cannot work
+    │   ├── NoKey                        2   the endpoint wants a key and none was found
     │   └── SettingsDiffer               2   answers made with other settings are at stake
     ├── EndpointRefused                  4   key, quota, model, URL, TLS: a person must act
     ├── Locked                          11   another run holds this output
@@ -41,6 +42,10 @@ class BatchrunError(Exception):
 
 class UsageError(BatchrunError):
     exit_code = EXIT_USAGE
+
+
+class NoKey(UsageError):
+    """No key for this endpoint; said only when nothing is wrong with the input."""
 
 
 class SettingsDiffer(UsageError):

@@ -25,22 +25,19 @@ from glob import glob, has_magic
 from hashlib import blake2b
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple, TypeAlias, cast
+from typing import BinaryIO, Final, Literal, NamedTuple, Protocol, TypeAlias, cast
 from uuid import UUID
 
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 from msgspec import Struct
 
+from batchrun import foreign
 from batchrun.answers import ANSWER_COLUMNS
 from batchrun.config import STDIN, InputFormat, JSONValue
 from batchrun.errors import LocalIOError, StoppedEarly, UsageError
 from batchrun.prompts import CUSTOM_ID, json_text, without_surrogates
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 Compression = Literal["", "gz", "zst"]
 
@@ -54,8 +51,6 @@ _LINE_LIMIT_BYTES: Final = 64 << 20
 _READ_BYTES: Final = 1 << 20
 # Split into lines at once: more leaves the processor's cache.
 _PIECE_BYTES: Final = 256 << 10
-# zstd can expand 4 bytes to 128 KB; small pieces keep a hostile file from filling the memory.
-_ZSTD_PIECE_BYTES: Final = 8 << 10
 # Deeper values decode in one place and overflow the stack in the next.
 _DEPTH_LIMIT: Final = 400
 _SHALLOW_BYTES: Final = 2 * _DEPTH_LIMIT
@@ -70,13 +65,11 @@ _SUFFIXES: Final[Mapping[str, InputFormat]] = {
     ".parquet": "parquet",
 }
 _COMPRESSIONS: Final[Mapping[str, Compression]] = {".gz": "gz", ".zst": "zst"}
-_MAGIC: Final[Mapping[bytes, str]] = {
+_COMPRESSED: Final[Mapping[bytes, Compression]] = {
     b"\x1f\x8b": "gz",
     b"\x28\xb5\x2f\xfd": "zst",
-    b"PAR1": "parquet",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
 }
+_CLAIMED: Final[Mapping[str, str]] = {"gz": "gzip data", "zst": "zstd data"}
 
 
 class BadRow(Struct, frozen=True, gc=False):
@@ -256,13 +249,9 @@ def _input_file(
     by_suffix, compression = _format_of(path)
     format_ = input_format or by_suffix
     if format_ is None:
-        raise UsageError(
-            f"{name}: not .jsonl or .ndjson (also .gz, .zst) or .parquet; "
-            "say which with --input-format"
-        )
+        raise _unknown(path, name)
     if magic:
-        found = _magic(path, name)
-        compression = "gz" if found == "gz" else "zst" if found == "zst" else ""
+        compression = _compression_of(_start_of(path, name))
     return InputFile(
         path,
         name,
@@ -271,6 +260,17 @@ def _input_file(
         _fingerprint(status),
         status.st_size,
     )
+
+
+def _unknown(path: Path, name: str) -> UsageError:
+    """The error for a name that says no format; what is in the file says what to do."""
+    found = foreign.recognise(start := _start_of(path, name))
+    if found is None or found.suffix in (".jsonl", ".parquet"):
+        return UsageError(
+            f"{name}: not .jsonl or .ndjson (also .gz, .zst) or .parquet; "
+            "say which with --input-format"
+        )
+    return foreign.refusal(path, name, "JSON lines or Parquet", start)
 
 
 def _format_of(path: Path) -> tuple[InputFormat | None, Compression]:
@@ -428,13 +428,25 @@ def head(file: InputFile, rows: int = HEAD_ROWS) -> tuple[list[str], list[Row]]:
 
 
 def _head_of_lines(file: InputFile, wanted: int) -> tuple[list[str], list[Row]]:
+    """UsageError for a file that has lines, and no JSON object among them."""
     good: list[Row] = []
+    first_bad: tuple[int, BadRow] | None = None
     size_bytes = 0
-    for _, rows, group_bytes in _groups(file):
+    with _mapped_errors(file), _opened(file) as stream:
+        start = stream.read(foreign.HEAD_BYTES)
+    if foreign.is_one_document(start):
+        raise _refusal(file, "JSON lines", start)
+    for numbers, rows, group_bytes in _groups(file):
         good += [row for row in rows if isinstance(row, dict)]
+        if not good and first_bad is None:
+            first_bad = numbers[0], cast("BadRow", rows[0])
         size_bytes += group_bytes
-        if len(good) >= wanted or size_bytes >= _HEAD_BYTES:
+        if len(good) >= wanted or (good and size_bytes >= _HEAD_BYTES):
             break
+    if first_bad is not None and not good:
+        number, row = first_bad
+        why = f"no line of it is a JSON object (line {number}: {row.reason})"
+        raise _refusal(file, "JSON lines", start, why)
     del good[wanted:]
     return list(dict.fromkeys(itertools.chain.from_iterable(good))), good
 
@@ -494,7 +506,8 @@ def _lines(file: InputFile) -> Iterator[tuple[list[bytes], int]]:
     """All lines, as many at a time as make a batch, and their bytes; over-long ones cut."""
     with _mapped_errors(file), _opened(file) as stream:
         start = stream.read(_PIECE_BYTES)
-        _refuse_other_formats(start, file)
+        if foreign.binary(start):
+            raise _refusal(file, "JSON lines", start[: foreign.HEAD_BYTES])
         more = iter(partial(stream.read, _PIECE_BYTES), b"")
         waiting: list[bytes] = []
         size_bytes = 0
@@ -621,82 +634,48 @@ def _is_deep(value: JSONValue) -> bool:
     return True
 
 
+class _Stream(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 @contextmanager
-def _opened(file: InputFile) -> Iterator[BinaryIO]:
+def _opened(file: InputFile) -> Iterator[_Stream]:
+    """The file's bytes, unpacked. Errors of what is packed are for ``_mapped_errors``."""
     with file.path.open("rb", buffering=_READ_BYTES) as raw:
-        if file.compression and file.size_bytes == 0:
+        if not file.compression:
+            yield raw
+            return
+        start = raw.read(4)
+        raw.seek(0)
+        if not start:
             raise EOFError("not even a header")
+        if _compression_of(start) != file.compression:
+            claimed = _CLAIMED[file.compression]
+            raise _refusal(file, claimed, raw.read(foreign.HEAD_BYTES))
         if file.compression == "gz":
             with gzip.open(raw) as unpacked:
                 yield io.BufferedReader(unpacked, _READ_BYTES)
-        elif file.compression == "zst":
-            yield io.BufferedReader(_ZstdFrames(raw), _READ_BYTES)
         else:
-            yield raw
+            with pa.CompressedInputStream(pa.PythonFile(raw), "zstd") as unpacked:
+                yield unpacked
 
 
-class _ZstdFrames(io.RawIOBase):
-    """Decompresses the frames of a stream, and raises EOFError when the last one is cut short.
-
-    zstandard's own reader takes a cut file for a whole one.
-    """
-
-    def __init__(self, source: BinaryIO) -> None:
-        self._source = source
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._packed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        while not self._ready:
-            if not self._packed:
-                self._packed = self._source.read(_ZSTD_PIECE_BYTES)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the last frame is cut short")
-                return 0
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._ready = memoryview(self._frame.decompress(self._packed))
-            self._packed = b""
-            if self._frame.eof:
-                self._packed = self._frame.unused_data
-                self._frame = None
-        target = memoryview(buffer).cast("B")
-        size = min(len(target), len(self._ready))
-        target[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
+def _refusal(file: InputFile, claimed: str, start: bytes, otherwise: str = "") -> UsageError:
+    """What to do about a file that is not what its name says; a spool has no name to type."""
+    typed = None if file.name == file.path.stem else file.path
+    return foreign.refusal(typed, file.name, claimed, start, otherwise)
 
 
-def _refuse_other_formats(start: bytes, file: InputFile) -> None:
-    """LocalIOError for a file that its first bytes show to be no text at all."""
-    if file.compression:
-        return
-    for magic, kind in _MAGIC.items():
-        if start.startswith(magic):
-            raise LocalIOError(f"{file.name}: {_NOT_LINES[kind]}")
+def _compression_of(start: bytes) -> Compression:
+    return next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), "")
 
 
-_NOT_LINES: Final[Mapping[str, str]] = {
-    "gz": "is gzip data, not JSON lines; rename it to .jsonl.gz",
-    "zst": "is zstd data, not JSON lines; rename it to .jsonl.zst",
-    "parquet": "is Parquet, not JSON lines; rename it to .parquet or use --input-format parquet",
-    "utf-16": "is UTF-16 text; convert it to UTF-8 first: iconv -f UTF-16 -t UTF-8",
-}
-
-
-def _magic(path: Path, name: str) -> str | None:
+def _start_of(path: Path, name: str) -> bytes:
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            return file.read(foreign.HEAD_BYTES)
     except OSError as exc:
         raise _unreadable(name, exc) from exc
-    return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -706,8 +685,11 @@ def _magic(path: Path, name: str) -> str | None:
 def _table(file: InputFile) -> Iterator[pq.ParquetFile]:
     """The Parquet file, opened so that a big row group is not read into memory at once."""
     with _mapped_errors(file):
-        if file.path.stat().st_size == 0:
+        start = _start_of(file.path, file.name)
+        if not start:
             raise LocalIOError(f"{file.name}: is empty (0 bytes), not a Parquet file")
+        if not start.startswith(b"PAR1"[: len(start)]):
+            raise _refusal(file, "Parquet", start)
         with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_READ_BYTES) as table:
             names = table.schema_arrow.names
             if len(set(names)) < len(names):
@@ -829,16 +811,21 @@ def _mapped_errors(file: InputFile) -> Iterator[None]:
     """The libraries' errors become one line that names the file and what to do."""
     try:
         yield
-    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as exc:
-        cut = isinstance(exc, EOFError)
-        what = "is cut short" if cut else f"is not whole {file.compression} data"
-        raise LocalIOError(f"{file.name}: {what}; copy or write it again") from exc
-    except (pa.ArrowException, pa.ArrowInvalid) as exc:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
+        raise _packed_badly(file, cut=isinstance(exc, EOFError)) from exc
+    except pa.ArrowException as exc:
         raise LocalIOError(f"{file.name}: {_table_trouble(file, exc)}") from exc
     except OSError as exc:
-        if exc.errno is None:
-            raise LocalIOError(f"{file.name}: {_table_trouble(file, exc)}") from exc
-        raise _unreadable(file.name, exc) from exc
+        if exc.errno is not None:
+            raise _unreadable(file.name, exc) from exc
+        if file.compression:
+            raise _packed_badly(file, cut="Truncated" in str(exc)) from exc
+        raise LocalIOError(f"{file.name}: {_table_trouble(file, exc)}") from exc
+
+
+def _packed_badly(file: InputFile, *, cut: bool) -> LocalIOError:
+    what = "is cut short" if cut else f"is not whole {file.compression} data"
+    return LocalIOError(f"{file.name}: {what}; copy or write it again")
 
 
 def _unreadable(name: str, exc: OSError) -> LocalIOError:
@@ -846,16 +833,13 @@ def _unreadable(name: str, exc: OSError) -> LocalIOError:
 
 
 def _table_trouble(file: InputFile, exc: BaseException) -> str:
-    """What is wrong with a Parquet file: its ends say whether it is one, and whole."""
+    """What is wrong with a Parquet file: its end says whether it is whole."""
     try:
         with file.path.open("rb") as raw:
-            start = raw.read(4)
             raw.seek(-min(4, file.path.stat().st_size), os.SEEK_END)
             end = raw.read(4)
     except OSError:
-        start = end = b""
-    if start != b"PAR1":
-        return "is not a Parquet file; if it holds JSON lines, use --input-format jsonl"
+        end = b""
     if end != b"PAR1":
         return "is cut short (a Parquet file without its end); copy or write it again"
     first_line = str(exc).strip().splitlines()[0][:200] if str(exc).strip() else type(exc).__name__

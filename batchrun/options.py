@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from datetime import time as day_time
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 
 from msgspec import Struct
 
-from batchrun import providers
+from batchrun import providers, shell
 from batchrun.config import (
     STDOUT,
     Allowance,
@@ -386,7 +385,7 @@ def command_to_paste(argv: Sequence[str]) -> str:
             arg = "-H" + _redacted_header(arg[2:])
         redact_next = not redact_next and arg in ("-H", "--header")
         shown.append(hidden_in_url(arg))
-    return shlex.join(["batchrun", *shown])
+    return shell.line(["batchrun", *shown])
 
 
 def _redacted_header(text: str) -> str:

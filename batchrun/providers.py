@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from batchrun.errors import UsageError
+from batchrun.errors import NoKey, UsageError
 from batchrun.secret import Secret, hidden_in_url
 
 DEFAULT_BASE_URL = "https://api.Mistral.com"
@@ -219,7 +219,7 @@ def _key(
     if api_key_env is not None:
         value = environ.get(api_key_env, "").strip()
         if not value:
-            raise UsageError(f"--api-key-env {api_key_env}: that variable is not set or empty")
+            raise NoKey(f"--api-key-env {api_key_env}: that variable is not set or empty")
         return _checked(value, f"${api_key_env}")
     if owner is not None and owner.key_env and (value := environ.get(owner.key_env, "").strip()):
         return _checked(value, f"${owner.key_env}")
@@ -247,7 +247,7 @@ def _read_key(path: str) -> str:
     return text
 
 
-def _no_key(base: str, host: str, owner: Provider | None, environ: Mapping[str, str]) -> UsageError:
+def _no_key(base: str, host: str, owner: Provider | None, environ: Mapping[str, str]) -> NoKey:
     wanted = owner.key_env if owner and owner.key_env else DEFAULT_KEY_ENV
     elsewhere = [
         p for p in PROVIDERS.values() if p.key_env and p is not owner and environ.get(p.key_env)
@@ -256,7 +256,7 @@ def _no_key(base: str, host: str, owner: Provider | None, environ: Mapping[str, 
         other = elsewhere[0]
         named = "the default endpoint is " if base == DEFAULT_BASE_URL else "this endpoint is "
         model = f", {other.model}" if other.model else " -m MODEL"
-        return UsageError(
+        return NoKey(
             f"{other.key_env} is set, but it is a key for {urlsplit(other.base_url).hostname} and\n"
             f"  {named}{base}. Nothing was sent. Choose:",
             next_steps=(
@@ -265,7 +265,7 @@ def _no_key(base: str, host: str, owner: Provider | None, environ: Mapping[str, 
             ),
         )
     if base == DEFAULT_BASE_URL:
-        return UsageError(
+        return NoKey(
             f"no key for {base}. Set {wanted}, or choose",
             next_steps=(
                 "--provider mistral (MISTRAL_API_KEY), --provider openai, ...",
@@ -273,7 +273,7 @@ def _no_key(base: str, host: str, owner: Provider | None, environ: Mapping[str, 
                 "batchrun help endpoints   shows the others, with their keys",
             ),
         )
-    return UsageError(
+    return NoKey(
         f"no key for {base}. Set {wanted}, or choose",
         next_steps=(
             "--api-key-env NAME  another variable that holds the key",

@@ -30,6 +30,12 @@ PARTIAL_SUFFIX = ".partial"
 STDIN_FILE = "stdin.jsonl"
 
 
+def look(config: RunConfig) -> None:
+    """Find the inputs and what their rows are; UsageError or LocalIOError when that cannot be."""
+    files = inputs.resolve(config.inputs, config.input_format)
+    plan.lay_out(files.files, prompt_settings(config), config)
+
+
 def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
     """Build every row's request and send nothing. ``show`` is how many bodies come back whole."""
     with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:

@@ -487,7 +487,7 @@ def test_layers_win_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (("submit", "a.jsonl", "--allow-failures", "200%", "--mock"), "--allow-failures 200%"),
         (("submit", "a.jsonl", "--config", "missing.toml"), "missing.toml"),
         (("submit", "a.jsonl", "--log-file", "missing/x.log", "--mock"), "missing/x.log"),
-        (("submit", "a.jsonl"), "no key for https://api.Mistral.com"),
+        (("submit", "-", "-o", "a.parquet"), "no key for https://api.Mistral.com"),
         (("submit", "a.jsonl", "--provider", "mistrl"), "no provider 'mistrl'"),
         (("mock-server", "--fault", "nonsense=0.5"), "no fault 'nonsense'"),
         (("mock-server", "--require-key-env", "NOT_SET"), "NOT_SET"),
@@ -586,3 +586,27 @@ def test_a_stderr_that_takes_nothing_changes_no_exit_code() -> None:
             check=False,
         )
     assert ended.returncode == 2
+
+
+def test_an_input_mistake_is_said_before_a_missing_key(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("id,text\n1,x\n")
+    (tmp_path / "b.jsonl").write_text('{"q": "x"}\n')
+    (tmp_path / "c.jsonl").write_text('{"prompt": "x"}\n')
+    said = {
+        "gone.jsonl": "gone.jsonl: no such file",
+        "a.jsonl": "CSV (2 columns",
+        "b.jsonl": "--prompt-column q",
+        "c.jsonl": "no key for",
+    }
+    for name, words in said.items():
+        ended = _batchrun("submit", name, cwd=tmp_path)
+        assert ended.returncode == 2
+        assert words in ended.stderr
+        assert ("no key" in ended.stderr) == (name == "c.jsonl")
+
+
+@pytest.mark.parametrize("name", ["UP.JSONL", "up.Ndjson.GZ", "Up.PARQUET"])
+def test_a_suffix_in_capitals_is_a_suffix(name: str) -> None:
+    stem = name[:2]
+    assert default_output((name,), mock=False) == f"{stem}.results.parquet"
+    assert default_output((name,), mock=True) == f"{stem}.mock.parquet"

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterable
 from datetime import datetime
@@ -16,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +37,11 @@ def jsonl(path: Path, content: bytes | Iterable[Any]) -> Path:
 def parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
     pq.write_table(pa.table(columns), path, **options)
     return path
+
+
+def zstd(content: bytes) -> bytes:
+    packed: bytes = pa.compress(content, codec="zstd", asbytes=True)
+    return packed
 
 
 def opened(path: Path) -> InputFile:
@@ -344,7 +349,7 @@ def test_the_head_is_the_first_good_rows(tmp_path: Path) -> None:
     assert head(opened(path), 2) == (["a", "b"], [{"a": 1}, {"b": 1, "a": 2}])
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gz", "zst"])
+@pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gz", "zst"])
 def test_compressed_lines_are_read_over_several_members(tmp_path: Path, pack: Any) -> None:
     rows = [{"i": i, "text": "abc" * i} for i in range(3000)]
     half = [b"".join(json.dumps(r).encode() + b"\n" for r in part) for part in (rows[:9], rows[9:])]
@@ -354,8 +359,8 @@ def test_compressed_lines_are_read_over_several_members(tmp_path: Path, pack: An
     assert [row for _, row in verdicts(path)] == rows
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gz", "zst"])
-@pytest.mark.parametrize("damage", ["cut", "one byte short", "empty", "plain text", "flipped"])
+@pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gz", "zst"])
+@pytest.mark.parametrize("damage", ["cut", "one byte short", "empty", "flipped"])
 def test_damaged_compressed_files_are_one_line(tmp_path: Path, pack: Any, damage: str) -> None:
     content = b"".join(b'{"i":"%x"}\n' % (i * i * 7919) for i in range(5000))
     packed = bytearray(pack(content))
@@ -365,10 +370,8 @@ def test_damaged_compressed_files_are_one_line(tmp_path: Path, pack: Any, damage
         packed = packed[:-1]
     elif damage == "empty":
         packed = bytearray()
-    elif damage == "plain text":
-        packed = bytearray(content)
     else:
-        packed[len(packed) // 2 : len(packed) // 2 + 40] = b"\xff" * 40
+        packed[20:60] = b"\xff" * 40
     path = tmp_path / f"a.jsonl.{'gz' if pack is gzip.compress else 'zst'}"
     path.write_bytes(packed)
     with pytest.raises(LocalIOError) as error:
@@ -379,18 +382,108 @@ def test_damaged_compressed_files_are_one_line(tmp_path: Path, pack: Any, damage
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        (gzip.compress(b"{}"), ".gz"),
-        (zstandard.compress(b"{}"), ".zst"),
+        (gzip.compress(b"{}"), "gzip"),
+        (zstd(b"{}"), "zstd"),
         (b"PAR1....", "Parquet"),
         ('{"prompt":"x"}\n'.encode("utf-16"), "UTF-16"),
+        ('{"prompt":"x"}\n'.encode("utf-16-le"), "UTF-16"),
+        (b"PK\x03\x04....", "Excel"),
+        (b"BZh9....", "bzip2"),
     ],
 )
 def test_another_format_under_the_name_of_jsonl_is_one_line(
     tmp_path: Path, content: bytes, word: str
 ) -> None:
-    with pytest.raises(LocalIOError) as error:
+    with pytest.raises(UsageError) as error:
         verdicts(jsonl(tmp_path / "a.jsonl", content))
-    one_line(error, "a.jsonl", word)
+    one_line(error, "a.jsonl", "not JSON lines", word)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_lines_that_are_not_packed_as_their_name_says_are_renamed(
+    tmp_path: Path, suffix: str
+) -> None:
+    path = jsonl(tmp_path / f"a.jsonl.{suffix}", [{"prompt": "x"}])
+    with pytest.raises(UsageError) as error:
+        verdicts(path)
+    one_line(error, path.name, "looks like JSON lines")
+    assert error.value.next_steps == (f"mv {path} {tmp_path / 'a.jsonl'}",)
+
+
+CONVERTED: dict[str, tuple[str | bytes, str, list[Any]]] = {
+    "csv": ('id,prompt\n1,Why?\n2,"a, b\nc"\n', 'CSV (2 columns, "id" first)', []),
+    "excel": ("\ufeffid;prompt\r\n1;Warum?\r\n2;Wie, so?\r\n", "CSV (2 columns", []),
+    "latin": ("id,prompt\n1,Où?\n".encode("cp1252"), "CSV (2 columns", []),
+    "tsv": ("id\tprompt\n1\ta,b\n", "tab-separated text (2 columns", []),
+    "one-column": ("prompt\nWhy?\nHow, then?\n", 'CSV (1 column, "prompt" first)', []),
+    "array": ('[{"prompt": "x"}, {"prompt": "y"}]', "one JSON array", ["x", "y"]),
+    "array-of-lines": ('[\n{"prompt": "x"},\n{"prompt": "y"}\n]\n', "one JSON array", ["x", "y"]),
+    "array-inside": ('[{"prompt": "x"},\n{"prompt": "y"}]', "one JSON array", ["x", "y"]),
+    "pretty": (
+        json.dumps({"prompt": "x }\n{", "a": {"b": {}}}, indent=2)
+        + "\n"
+        + json.dumps({"prompt": "y"}, indent=2),
+        "JSON spread over several lines",
+        ["x }\n{", "y"],
+    ),
+    "repr": ("{'prompt': \"it's\"}\n{'prompt': None}\n", "Python's own notation", ["it's", None]),
+    "text": ("Why is the sky blue?\nHow so?\n", "plain text", ["Why is the sky blue?", "How so?"]),
+    "utf-16": ('{"prompt":"x"}\n'.encode("utf-16"), "UTF-16 text", ["x"]),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_what_is_no_json_lines_is_refused_with_a_conversion_that_works(
+    tmp_path: Path, case: str
+) -> None:
+    content, seems, prompts = CONVERTED[case]
+    path = tmp_path / "it's a file.jsonl"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UsageError) as error:
+        head(opened(path))
+    one_line(error, path.name, "is not JSON lines", seems)
+    [command] = error.value.next_steps
+    subprocess.run(["sh", "-c", command], check=True)
+    [row, *more] = [row for _, row in verdicts(tmp_path / "it's a file.converted.jsonl")]
+    if prompts:
+        assert [each["prompt"] for each in (row, *more)] == prompts
+    else:
+        assert "prompt" in row
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]\n[2]\n", b'"x"\n', b"17\n18\n", b'{"prompt": "x', b"\0\0\0\0"]
+)
+def test_a_file_without_an_object_is_refused_by_its_first_line(
+    tmp_path: Path, content: bytes
+) -> None:
+    with pytest.raises(UsageError) as error:
+        head(opened(jsonl(tmp_path / "a.jsonl", content)))
+    one_line(error, "a.jsonl is not JSON lines", "no line of it is a JSON object (line 1:")
+
+
+def test_a_pipe_of_another_format_is_converted_on_its_way(tmp_path: Path) -> None:
+    kept = inputs.spool(io.BytesIO(b"id,prompt\n1,x\n"), tmp_path)
+    [file] = resolve(["-"], spool=kept).files
+    with pytest.raises(UsageError, match=r"^stdin is not JSON lines: it looks like CSV") as error:
+        head(file)
+    [step] = error.value.next_steps
+    assert step.startswith("... | python3 -c")
+    assert step.endswith("| batchrun submit - ...")
+
+
+def test_one_good_line_far_behind_makes_a_file_of_error_rows(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", b"broken\n" * 3000 + b'{"prompt":"x"}\n')
+    assert head(opened(path)) == (["prompt"], [{"prompt": "x"}])
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.txt"])
+def test_what_is_in_a_file_of_another_suffix_says_what_to_do(tmp_path: Path, name: str) -> None:
+    path = jsonl(tmp_path / name, b"id,prompt\n1,x\n")
+    with pytest.raises(UsageError) as error:
+        resolve([str(path)])
+    one_line(error, name, "CSV (2 columns")
+    assert error.value.next_steps[0].endswith(f"< {path} > {tmp_path / 'a.jsonl'}")
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -400,14 +493,13 @@ def test_another_format_under_the_name_of_jsonl_is_one_line(
     ("make", "word"),
     [
         (lambda whole: b"", "empty"),
-        (lambda whole: b'{"prompt":"x"}\n', "not a Parquet file"),
         (lambda whole: b"PAR1", "Parquet"),
         (lambda whole: whole[:-1], "cut short"),
         (lambda whole: whole[: len(whole) // 2], "cut short"),
         (lambda whole: whole[:-12] + b"\xff" * 4 + whole[-8:], "damaged"),
         (lambda whole: whole[:8] + b"\xff" * 60 + whole[68:], "damaged"),
     ],
-    ids=["empty", "text", "magic-only", "one-short", "half", "footer", "pages"],
+    ids=["empty", "magic-only", "one-short", "half", "footer", "pages"],
 )
 def test_a_broken_parquet_file_is_one_line(tmp_path: Path, make: Any, word: str) -> None:
     whole = parquet(tmp_path / "whole.parquet", {"prompt": [f"p{i}" for i in range(500)]})
@@ -416,6 +508,14 @@ def test_a_broken_parquet_file_is_one_line(tmp_path: Path, make: Any, word: str)
     with pytest.raises(LocalIOError) as error:
         verdicts(path)
     one_line(error, "a.parquet", word)
+
+
+def test_lines_under_the_name_of_parquet_are_renamed(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.parquet", [{"prompt": "x"}])
+    with pytest.raises(UsageError) as error:
+        verdicts(path)
+    one_line(error, "a.parquet is not Parquet", "JSON lines")
+    assert error.value.next_steps == (f"mv {path} {tmp_path / 'a.jsonl'}",)
 
 
 def test_every_cut_of_a_parquet_file_is_one_line(tmp_path: Path) -> None:

@@ -24,10 +24,11 @@ PACKAGE = ROOT / "batchrun"
 
 # Bottom up. A room imports from lower layers only: those of one layer ignore each other.
 LAYERS = (
-    {"errors", "types", "config", "providers", "secret"},  # vocabulary
+    {"errors", "types", "config", "providers", "secret", "shell"},  # vocabulary
     {"quota", "window"},  # the two halves of limits
     {
         "prompts",
+        "foreign",
         "answers",
         "retry",
         "limits",
@@ -71,7 +72,6 @@ LIBRARY_ROOMS = {
     "pyarrow": {"inputs", "outputs"},
     "tenacity": {"retry"},
     "tqdm": {"progress"},
-    "zstandard": {"inputs"},
 }
 # Not dependencies of ours: they come with aiohttp, whose interface speaks in them.
 COMPANIONS = {"yarl": "aiohttp", "multidict": "aiohttp"}

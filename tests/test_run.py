@@ -651,9 +651,26 @@ def broken_inputs() -> dict[str, tuple[Callable[[], object], int, str]]:
     return {
         "missing": (lambda: None, 2, "in.parquet"),
         "truncated": (truncated, 74, "in.parquet"),
-        "text": (lambda: Path("in.parquet").write_text("Why is the sky blue?\n"), 74, "in.parquet"),
+        "text": (lambda: Path("in.parquet").write_text("Why is the sky blue?\n"), 2, "plain text"),
         "no column": (useless, 2, "--prompt-column question"),
     }
+
+
+@pytest.mark.parametrize(
+    "content", ["id,prompt\n1,Why?\n", '[{"prompt": "Why?"}]', "{'prompt': 1}\n"]
+)
+def test_a_file_that_is_no_json_lines_is_refused_and_nothing_is_published(
+    content: str, mock: StartMock, submit: Submit
+) -> None:
+    Path("in.jsonl").write_text(content)
+    server = mock()
+    ended = submit("in.jsonl", *to(server))
+    assert ended.code == 2
+    assert "in.jsonl is not JSON lines: it looks like" in ended.err
+    assert "> in.converted.jsonl" in ended.err
+    assert "--allow-failures" not in ended.err
+    assert server.ledger.requests == 0
+    assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
 
 
 @pytest.mark.parametrize("case", broken_inputs())
