@@ -79,7 +79,8 @@ NOT_LIBRARIES = sys.stdlib_module_names | {"batchrun"}
 
 TOP_LEVEL = {
     *("batchrun", "tests", "sample_inputs", "pyproject.toml", "README.md"),
-    *("CHANGELOG.md", "LICENSE", ".ci", ".git", ".gitignore"),
+    *("CHANGELOG.md", "LICENSE", "Makefile"),
+    *(".ci", ".git", ".gitignore", ".pre-commit-config.yaml"),
 }
 HEAVY = {"aiohttp", "pyarrow", "tenacity", "tqdm"}
 

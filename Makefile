@@ -1,0 +1,17 @@
+# The fast loop.
+BIN ?= .venv/bin
+
+.PHONY: check test test-all bench
+check:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test:
+	$(BIN)/pytest -q -m 'not slow'
+
+test-all:
+	$(BIN)/pytest -q
+
+bench:
+	$(BIN)/python tests/benchmarks/bench.py --profile instant-64 --only batchrun naive --pairs 5
