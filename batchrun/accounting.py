@@ -138,6 +138,7 @@ class RunTally:
     __slots__ = (
         "_causes",
         "_tokens",
+        "cut_off",
         "empty",
         "failed",
         "filtered",
@@ -159,6 +160,7 @@ class RunTally:
         self.retries = 0
         self.rate_limited = 0
         self.in_doubt = 0
+        self.cut_off = 0
         self._tokens = TokenSums()
         self._causes = Causes()
 
@@ -193,6 +195,7 @@ class RunTally:
         """Count an attempt cut off in flight: it may be billed, and its row stays pending."""
         self.unsuccessful_attempts += 1
         self.in_doubt += 1
+        self.cut_off += 1
 
     @property
     def done(self) -> int:

@@ -148,9 +148,7 @@ def _submit(options: Options, config: RunConfig) -> int:
 
 
 def _say_the_end(summary: RunSummary, config: RunConfig, talk: Progress, *, quiet: bool) -> None:
-    facts = report.FinalFacts(
-        prompt_column=summary.prompt_column, output_bytes=_size(summary.output)
-    )
+    facts = report.FinalFacts(output_bytes=_size(summary.output))
     block = report.final_block(summary, config, facts)
     talk.end()
     talk.print_block(block, report.final_lines(summary))

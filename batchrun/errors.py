@@ -83,3 +83,7 @@ class Interrupted(BatchrunError):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
         self.exit_code = 128 + signum
+
+    def at_once(self) -> None:
+        """Note that a second signal did not let the answers in flight arrive."""
+        self.message = f"stopped at once by {signal.Signals(self.signum).name}"

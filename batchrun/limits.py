@@ -73,6 +73,7 @@ from batchrun.errors import StoppedEarly
 from batchrun.quota import Quota
 from batchrun.types import Attempt, Bound, Decision, Request
 from batchrun.window import Window
+from batchrun.words import duration
 
 # --- Gate ----------------------------------------------------------------------------------------
 
@@ -340,7 +341,7 @@ class Limits:
         if wait_s > self._settings.max_wait_s and self._verdict is None:
             resets_at_ms = attempt.finished_at_ms + wait_s * 1000
             self._verdict = StoppedEarly(
-                f"{self._host} asks for a wait of {_span(wait_s)}: "
+                f"{self._host} asks for a wait of {duration(wait_s)}: "
                 f"the limit resets at {_local_time(resets_at_ms)}",
                 next_steps=(
                     "the same command continues after that",
@@ -520,11 +521,15 @@ class _Breaker:
                 f"cannot reach {host}{why}",
                 next_steps=("check --base-url and the network; the same command continues",),
             )
-        refused_s = self._refused_at - self.since
-        if (self.is_open and down_s >= self._max_outage_s) or (refused_s >= self._max_outage_s):
+        back = ("the same command continues when it is back",)
+        if self.is_open and down_s >= self._max_outage_s:
             return StoppedEarly(
-                f"{host} has given no answer for {_span(max(down_s, refused_s))}{why}",
-                next_steps=("the same command continues when it is back",),
+                f"{host} has given no answer for {duration(down_s)}{why}", next_steps=back
+            )
+        refused_s = self._refused_at - self.since
+        if refused_s >= self._max_outage_s:
+            return StoppedEarly(
+                f"{host} has refused every request for {duration(refused_s)}", next_steps=back
             )
         return None
 
@@ -532,14 +537,6 @@ class _Breaker:
         return self._probes_failed >= UNREACHED_PROBES or (
             down_s >= UNREACHED_S and self._probes_failed >= UNREACHED_SLOW_PROBES
         )
-
-
-def _span(seconds: float) -> str:
-    """A duration for people: 45 s, 12 min, 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _local_time(unix_ms: float) -> str:

@@ -23,6 +23,7 @@ from batchrun.journal import Held, Journal, Survey
 from batchrun.outputs import InvalidRow, Slice
 from batchrun.prompts import Builder, Built, Identity, Invalid, Layout, PromptSettings
 from batchrun.types import NO_USAGE, Outcome, Request
+from batchrun.words import count, verb
 
 # The slot of a row that cannot become a request.
 INVALID = 0xFFFFFFFF
@@ -239,7 +240,8 @@ def _unanswered(journal: Journal, slot: int) -> Outcome:
         in_doubt=attempts,
         http_status=None,
         code="interrupted",
-        message=f"{attempts} attempts were cut off, and each may have been billed",
+        message=f"{count(attempts, 'attempt')} {verb(attempts, 'were')} cut off;"
+        " each may have been billed",
         request_id="",
         model="",
         latency_s=None,

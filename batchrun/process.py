@@ -19,6 +19,9 @@ from batchrun.errors import UsageError
 
 # timeout(1) and some shells signal the process and then its whole group: that is one wish.
 ECHO_S = 0.3
+# A second signal cuts off what is in flight and writes down what is known; longer than this, and
+# something hangs that nobody wants to wait for.
+LEAVE_S = 2.0
 # Files besides the sockets: journal, inputs, the event loop's own.
 SPARE_FILES = 64
 # How soon a signal is noticed while stdin brings nothing.
@@ -28,22 +31,37 @@ GC_THRESHOLD = 200_000
 
 
 @contextmanager
-def signals(ask_to_stop: Callable[[int], None]) -> Iterator[None]:
-    """First SIGINT, SIGTERM or SIGHUP: ``ask_to_stop(signum)``. Second: out at once.
+def signals(
+    ask_to_stop: Callable[[int], None],
+    stop_at_once: Callable[[], None],
+    last_words: Callable[[], None],
+) -> Iterator[None]:
+    """First SIGINT, SIGTERM or SIGHUP: ``ask_to_stop(signum)``. Second: ``stop_at_once()``.
 
-    A signal that was ignored at the start (nohup, background jobs) stays ignored. Leaving at once
-    is safe at any moment: the journal is valid after every write.
+    Where that does not end it within ``LEAVE_S``, or at a third signal, the process says its
+    ``last_words()`` and is gone: safe at any moment, for the journal is valid after every write.
+    A signal that was ignored at the start (nohup, background jobs) stays ignored.
     """
     loop = asyncio.get_running_loop()
     first_s: float | None = None
+    leaving: asyncio.TimerHandle | None = None
+
+    def leave(signum: int) -> None:
+        last_words()
+        os._exit(128 + signum)
 
     def on_signal(signum: int) -> None:
-        nonlocal first_s
+        nonlocal first_s, leaving
         if first_s is None:
             first_s = time.monotonic()
             ask_to_stop(signum)
-        elif time.monotonic() - first_s > ECHO_S:
-            os._exit(128 + signum)
+        elif time.monotonic() - first_s <= ECHO_S:
+            return
+        elif leaving is None:
+            leaving = loop.call_later(LEAVE_S, leave, signum)
+            stop_at_once()
+        else:
+            leave(signum)
 
     caught = [
         signum
@@ -55,6 +73,8 @@ def signals(ask_to_stop: Callable[[int], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        if leaving is not None:
+            leaving.cancel()
         for signum in caught:
             loop.remove_signal_handler(signum)
 

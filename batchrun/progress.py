@@ -21,11 +21,16 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 from msgspec import Struct
 
 from batchrun.types import Bound
+from batchrun.words import count, duration, rate
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 WIDTH = 80
+# The bar may be wider than texts are: its facts are worth more than a margin.
+BAR_WIDTH = 100
+# A terminal echoes ^C behind the bar; in the same line it can be wiped out with it.
+ECHO_WIDTH = 3
 LABEL_WIDTH = 10
 MINUTE_S = 60.0
 # Long enough that one slow answer does not make the speed jump, short enough to show a change.
@@ -74,7 +79,7 @@ class Progress:
     ) -> None:
         stream = sys.stderr if stream is None else stream
         self.is_tty = stream.isatty() if is_tty is None else is_tty
-        self._width = min(WIDTH, shutil.get_terminal_size().columns) if self.is_tty else WIDTH
+        self._width = min(BAR_WIDTH, shutil.get_terminal_size().columns - ECHO_WIDTH)
         self._quiet = quiet
         self._verbose = verbose
         self._clock = clock
@@ -140,7 +145,7 @@ class Progress:
             self._writer.ask(_Lines([] if self.is_tty else [line], [line]))
 
     def end(self) -> None:
-        """Leave the bar as it stands and go on below it; harmless without a bar."""
+        """Leave a full bar and go on below it, take away any other; harmless without a bar."""
         self._writer.ask(_CloseBar())
 
     def close(self) -> None:
@@ -152,16 +157,21 @@ class Progress:
 
 
 class Speed:
-    """Rows and tokens a second over the last half minute."""
+    """Rows and tokens a second since the first sample: the speed that the end of the run tells.
+
+    What is left is judged by the last half minute: it shows what the run has become.
+    """
 
     def __init__(self) -> None:
-        self._samples: deque[tuple[float, int, int]] = deque()
-        self._latest = (0.0, 0, 0)
+        self._samples: deque[tuple[float, int]] = deque()
+        self._first = self._latest = (0.0, 0, 0)
 
     def sample(self, now_s: float, rows: int, tokens: int) -> None:
         self._latest = (now_s, rows, tokens)
+        if not self._samples:
+            self._first = self._latest
         if not self._samples or now_s - self._samples[-1][0] >= RATE_SAMPLE_S:
-            self._samples.append(self._latest)
+            self._samples.append((now_s, rows))
         # The oldest sample kept is the newest that is at least a window old.
         while len(self._samples) > 1 and now_s - self._samples[1][0] >= RATE_WINDOW_S:
             self._samples.popleft()
@@ -175,23 +185,24 @@ class Speed:
         return self._per_s(2)
 
     def _per_s(self, field: int) -> float:
-        if not self._samples:
-            return 0.0
-        elapsed_s = self._latest[0] - self._samples[0][0]
-        return (self._latest[field] - self._samples[0][field]) / elapsed_s if elapsed_s > 0 else 0.0
+        elapsed_s = self._latest[0] - self._first[0]
+        return (self._latest[field] - self._first[field]) / elapsed_s if elapsed_s > 0 else 0.0
 
     def remaining_s(self, rows: int) -> float | None:
         """How long ``rows`` more will take; None while nothing moves."""
-        rate = self.rows_per_s
-        return rows / rate if rate > 0 else None
+        if not self._samples:
+            return None
+        since_s, before = self._samples[0]
+        moved = self._latest[1] - before
+        return rows * (self._latest[0] - since_s) / moved if moved > 0 else None
 
 
 def stall_words(snapshot: Snapshot, timeout_s: float) -> Sequence[str]:
     """What a run in which nothing settles waits for, the fullest wording first."""
     if snapshot.in_flight and snapshot.longest_s is not None:
-        answers = f"{snapshot.in_flight:,} answer{'s' if snapshot.in_flight > 1 else ''}"
-        age = _compact(snapshot.longest_s)
-        most = _compact(timeout_s) if math.isfinite(timeout_s) else "none"
+        answers = count(snapshot.in_flight, "answer")
+        age = duration(snapshot.longest_s, compact=True)
+        most = duration(timeout_s, compact=True) if math.isfinite(timeout_s) else "none"
         return (
             f"waits for {answers}, the longest for {age} (timeout {most})",
             f"waits for {answers}, the longest for {age}",
@@ -201,8 +212,7 @@ def stall_words(snapshot: Snapshot, timeout_s: float) -> Sequence[str]:
     if snapshot.bound_by == "quota":
         return ("waits for the quota",)
     if snapshot.resting:
-        rows = f"{snapshot.resting:,} row{'s' if snapshot.resting > 1 else ''}"
-        return (f"waits to send {rows} again",)
+        return (f"waits to send {count(snapshot.resting, 'row')} again",)
     return ("waits for the input",)
 
 
@@ -214,19 +224,19 @@ def bar_tail(
     stall: Sequence[str] = (),
 ) -> str:
     """What stands right of the bar: as many facts as fit, the most important kept longest."""
-    count = f"{snapshot.done:,}/{snapshot.total:,}"
+    done = f"{snapshot.done:,}/{snapshot.total:,}"
     room = width - len(" 63% |######    | ")
     if (waiting := _waiting(snapshot)) is not None:
-        return _fitted(f"{count} {waiting}", room)
+        return _fitted(f"{done} {waiting}", room)
     if stall:
-        return _fitted(_first_that_fits((f"{count} {words}" for words in stall), room), room)
+        return _fitted(_first_that_fits((f"{done} {words}" for words in stall), room), room)
     remaining_s = speed.remaining_s(snapshot.total - snapshot.done)
     parts = [
-        (0, count),
+        (0, done),
         (3, f"[{_clock_time(elapsed_s)}<{_clock_time(remaining_s)}]"),
-        (2, f"{_rate(speed.rows_per_s)} rows/s"),
+        (2, f"{rate(speed.rows_per_s)} rows/s"),
         (5, f"{_short(speed.tokens_per_s)} tok/s"),
-        (4, f"{snapshot.in_flight} busy"),
+        (4, f"{snapshot.in_flight:,} in flight"),
         (1, f"{snapshot.failed:,} failed"),
     ]
     while len(parts) > 1 and len(" ".join(text for _, text in parts)) > room:
@@ -236,18 +246,18 @@ def bar_tail(
 
 def minute_line(snapshot: Snapshot, speed: Speed, stall: Sequence[str] = ()) -> str:
     """The line of a log, without its time."""
-    count = f"{snapshot.done:,}/{snapshot.total:,}"
+    done = f"{snapshot.done:,}/{snapshot.total:,}"
     failed = f"{snapshot.failed:,} failed"
     if (waiting := _waiting(snapshot)) is not None:
         stall = (waiting, waiting.partition(" from ")[0])
     if stall:
         room = WIDTH - len("2026-11-21T02:00:00+01:00 ")
-        lines = [f"{count} {words}, {failed}" for words in stall[:3]]
-        return _first_that_fits([*lines, *(f"{count} {words}" for words in stall)], room)
+        lines = [f"{done} {words}, {failed}" for words in stall[:3]]
+        return _first_that_fits([*lines, *(f"{done} {words}" for words in stall)], room)
     remaining_s = speed.remaining_s(snapshot.total - snapshot.done)
-    eta = "" if remaining_s is None else f" ETA {_compact(remaining_s)}"
-    rates = f"{_rate(speed.rows_per_s)} rows/s {_short(speed.tokens_per_s)} tok/s"
-    return f"{count} {rates} {failed}{eta}"
+    eta = "" if remaining_s is None else f" ETA {duration(remaining_s, compact=True)}"
+    rates = f"{rate(speed.rows_per_s)} rows/s {_short(speed.tokens_per_s)} tok/s"
+    return f"{done} {rates} {failed}{eta}"
 
 
 def _waiting(snapshot: Snapshot) -> str | None:
@@ -270,10 +280,6 @@ def _fitted(text: str, room: int) -> str:
     return text if len(text) <= room else text[: room - 3] + "..."
 
 
-def _rate(per_s: float) -> str:
-    return f"{per_s:.1f}" if per_s < 100 else f"{per_s:,.0f}"
-
-
 def _short(number: float) -> str:
     if number < 1_000:
         return f"{number:.0f}"
@@ -288,16 +294,6 @@ def _clock_time(seconds: float | None) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def _compact(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minute:02}m"
-    if minute:
-        return f"{minute}m{second:02}s" if second else f"{minute}m"
-    return f"{second}s"
 
 
 class _Lines(NamedTuple):
@@ -405,8 +401,7 @@ class _Writer:
 
     def _show(self, lines: list[str]) -> None:
         assert self._stream is not None
-        if self._bar is not None:
-            self._bar.clear()
+        self._wipe()
         _write_lines(self._stream, lines)
         if self._bar is not None:
             self._bar.refresh()
@@ -423,8 +418,15 @@ class _Writer:
 
     def _close_bar(self) -> None:
         if self._bar is not None:
+            self._wipe()
+            self._bar.leave = self._bar.n >= (self._bar.total or 0)
             self._bar.close()
         self._bar = None
+
+    def _wipe(self) -> None:
+        """Empty the line of the bar, also of a ^C that the terminal echoed into it."""
+        if self._bar is not None and self._stream is not None:
+            self._stream.write(f"\r{' ' * ((self._bar.ncols or BAR_WIDTH) + ECHO_WIDTH)}\r")
 
 
 def _new_bar(stream: TextIO, bar: _OpenBar) -> tqdm[NoReturn]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 import textwrap
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -20,9 +19,10 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from batchrun import errors
+from batchrun import errors, shell
 from batchrun.config import STDOUT, RunConfig
 from batchrun.types import ErrorCount, RowCounts, RunSummary, State, TokenCounts
+from batchrun.words import count, duration, rate, size, verb
 
 WIDTH = 80
 LABEL_WIDTH = 10
@@ -158,7 +158,6 @@ class CollectFacts(Struct, frozen=True, kw_only=True):
 class FinalFacts(Struct, frozen=True, kw_only=True):
     """What the final block says beyond the summary."""
 
-    prompt_column: str | None = None  # under the name it has in the output
     output_bytes: int | None = None
 
 
@@ -186,7 +185,9 @@ def start_block(facts: StartFacts) -> str:
 
 def start_lines(facts: StartFacts) -> list[str]:
     """The first lines of a log; the caller puts the time in front."""
-    files = f"start {_names(facts.files)} -> {_output_name(facts.output)}, {facts.rows:,} rows"
+    files = (
+        f"start {_names(facts.files)} -> {_output_name(facts.output)}, {count(facts.rows, 'row')}"
+    )
     where = "mock (synthetic answers)" if facts.synthetic else facts.host
     plan = [f"{facts.answered_before:,} reused", f"{facts.to_send:,} to send"]
     if facts.failed_before:
@@ -245,18 +246,18 @@ def _start_notes(facts: StartFacts) -> list[str]:
     notes = [f'input column "{old}" is carried as "{new}"' for old, new in facts.renamed]
     if facts.repeats:
         notes.append(
-            f"{_count(facts.repeats, 'row')} {_verb(facts.repeats, 'repeat')} an earlier request"
+            f"{count(facts.repeats, 'row')} {verb(facts.repeats, 'repeat')} an earlier request"
             " (each is sent)"
         )
     if facts.rows_model_replaced:
         replaced = _some(facts.models_replaced) or "the model"
-        notes.append(f"--model replaces {replaced} in {_count(facts.rows_model_replaced, 'row')}")
+        notes.append(f"--model replaces {replaced} in {count(facts.rows_model_replaced, 'row')}")
     notes += [
-        f"--param {name} replaces the row's own in {_count(rows, 'row')}"
+        f"--param {name} replaces the row's own in {count(rows, 'row')}"
         for name, rows in facts.rows_params_replaced
     ]
     if facts.over_limit:
-        notes.append(f"--limit leaves out {_count(facts.over_limit, 'row')}")
+        notes.append(f"--limit leaves out {count(facts.over_limit, 'row')}")
     if facts.hosts_before:
         notes.append(f"the answers held came from {_some(facts.hosts_before)}, not {facts.host}")
     if facts.skipped:
@@ -290,7 +291,7 @@ def final_lines(summary: RunSummary) -> list[str]:
     spent = _spent(run.tokens) if run else 0
     if spent:
         done += f", {_tokens(spent)} tokens"
-    return [done, f"output {_output_name(summary.output)} {rows.total or 0:,} rows, {code}"]
+    return [done, f"output {_output_name(summary.output)} {count(rows.total or 0, 'row')}, {code}"]
 
 
 def _finished(summary: RunSummary, config: RunConfig | None, facts: FinalFacts) -> list[str]:
@@ -302,17 +303,17 @@ def _finished(summary: RunSummary, config: RunConfig | None, facts: FinalFacts) 
     lines += _pace(summary, config)
     if summary.output not in (None, STDOUT):
         lines += _labelled("output", _output_words(summary, facts))
-    lines += _nexts(summary.next_steps or _next_after_finish(summary, config, facts))
-    return lines
+    return [*lines, *_nexts(summary.next_steps)]
 
 
 def _headline(summary: RunSummary) -> str:
     rows, run = summary.rows, summary.this_run
     sent = run.rows_sent if run else 0
-    of = f"{rows.ok:,} of {rows.total or 0:,} rows answered"
+    of = f"{rows.ok:,} of {count(rows.total or 0, 'row')} answered"
     failed = f", {rows.error:,} failed" if rows.error else ""
     label = "done" if summary.exit_code == 0 else "finished"
-    took = duration(summary.wall_s)
+    sending_s = run.sending_s if run else 0.0
+    took = duration(sending_s)
     if not rows.total:
         text = "no rows in the input; the output is empty"
     elif not sent:
@@ -322,7 +323,7 @@ def _headline(summary: RunSummary) -> str:
     elif rows.error:
         text = f"{of}{failed}, in {took}"
     else:
-        text = f"{of} in {took} ({_rate(sent / summary.wall_s if summary.wall_s else 0)} rows/s)"
+        text = f"{of} in {took} ({rate(sent / sending_s if sending_s else 0)} rows/s)"
     return f"{label:<{LABEL_WIDTH}}{text}"
 
 
@@ -337,7 +338,7 @@ def _causes(causes: Sequence[ErrorCount], inputs: Sequence[str]) -> list[str]:
         lines.append(_cut(f"{label:<{LABEL_WIDTH}}{head:<{width}}{_example(cause, inputs)}"))
     if hidden := causes[SHOWN_CAUSES:]:
         rows = sum(cause.rows for cause in hidden)
-        more = f"{rows:,} more, for {_count(len(hidden), 'other reason')}; see error_message"
+        more = f"{rows:,} more, for {count(len(hidden), 'other reason')}; see error_message"
         lines.append(f"{'':<{LABEL_WIDTH}}{more}")
     return lines
 
@@ -358,7 +359,7 @@ def _example(cause: ErrorCount, inputs: Sequence[str] = ()) -> str:
 
 def _answer_notes(rows: RowCounts) -> list[str]:
     return [
-        f"{_count(number, 'answer')} {'was' if number == 1 else 'were'} {what}"
+        f"{count(number, 'answer')} {verb(number, 'were')} {what}"
         for number, what in (
             (rows.truncated, 'cut short (finish_reason "length")'),
             (rows.filtered, "refused by the model or its content filter"),
@@ -417,29 +418,21 @@ def _output_words(summary: RunSummary, facts: FinalFacts) -> str:
     return name + (f" ({', '.join(details)})" if details else "") + kept
 
 
-def _next_after_finish(
-    summary: RunSummary, config: RunConfig | None, facts: FinalFacts
-) -> list[str]:
+def next_steps(summary: RunSummary) -> list[str]:
+    """What to do now, most useful first; a line to paste needs nothing but batchrun and a shell."""
+    if summary.exit_code not in (errors.EXIT_OK, errors.EXIT_ROWS_FAILED):
+        return _next_after_stop(summary)
     if summary.rows.error:
         return _next_after_failures(summary)
     if summary.output in (None, STDOUT) or not summary.rows.total:
         return []
-    return [_look_at(str(summary.output), facts.prompt_column)]
+    return [_look_at(str(summary.output))]
 
 
-def _look_at(output: str, prompt_column: str | None) -> str:
-    if not output.endswith(".parquet"):
-        return f"head -n 1 {shlex.quote(output)}"
-    table = output.replace("'", "''")
-    query = f"SELECT {_sql_name(prompt_column or 'custom_id')}, response FROM '{table}'"
-    # Double quotes read better, but a shell would look inside them.
-    shell_words = set(query) & set('"$`\\!')
-    return f"duckdb -c {shlex.quote(query)}" if shell_words else f'duckdb -c "{query}"'
-
-
-def _sql_name(name: str) -> str:
-    plain = name.isascii() and name.isidentifier()
-    return name if plain else '"' + name.replace('"', '""') + '"'
+def _look_at(output: str) -> str:
+    if output.endswith(".parquet"):
+        return f"batchrun collect {shell.file(output)} -o - | head -n 3"
+    return f"head -n 3 {shell.file(output)}"
 
 
 def _next_after_failures(summary: RunSummary) -> list[str]:
@@ -485,28 +478,33 @@ def _the_rows(causes: Sequence[ErrorCount]) -> str:
 
 
 def _ended_early(summary: RunSummary, config: RunConfig | None) -> list[str]:
-    by_signal = summary.exit_code > 128
     reason = summary.reason or "before the end"
-    if by_signal:
-        lines = _labelled("stopped", _saved_words(summary.rows))
+    if summary.exit_code > 128:
+        at_once = "at once: " if "at once" in reason else ""
+        lines = _labelled("stopped", at_once + _saved_words(summary.rows))
     else:
         lines = _labelled("stopped", reason)
         lines += _key_line(summary, config)
         if summary.rows.total is not None:
             lines += _labelled("rows", _row_words(summary))
+    if summary.this_run and (number := summary.this_run.cut_off):
+        its = "its" if number == 1 else "their"
+        were = f"{count(number, 'request')} {verb(number, 'were')} on {its} way"
+        lines += _labelled("", f"{were} and may be billed without an answer")
     for note in summary.notes:
         lines += _labelled("note", note)
     if summary.state_dir is not None and (summary.rows.ok or summary.rows.error):
         lines += _labelled("saved", summary.state_dir)
-    return [*lines, *_nexts(summary.next_steps or _next_after_stop(summary, by_signal))]
+    return [*lines, *_nexts(summary.next_steps)]
 
 
 def _saved_words(rows: RowCounts) -> str:
     if rows.total is None:
-        return f"{rows.ok:,} rows answered and saved"
+        return f"{count(rows.ok, 'row')} answered and saved"
     failed = f", {rows.error:,} failed" if rows.error else ""
     return (
-        f"{rows.ok:,} of {rows.total:,} rows answered and saved{failed}, {rows.pending:,} waiting"
+        f"{rows.ok:,} of {count(rows.total, 'row')} answered and saved{failed},"
+        f" {rows.pending:,} waiting"
     )
 
 
@@ -535,15 +533,16 @@ def _is_about_the_key(summary: RunSummary) -> bool:
     return re.search(r"\bkey\b", summary.reason or "") is not None
 
 
-def _next_after_stop(summary: RunSummary, by_signal: bool) -> list[str]:
+def _next_after_stop(summary: RunSummary) -> list[str]:
     if summary.exit_code == errors.EXIT_REFUSED:
         if _is_about_the_key(summary):
             return ["correct the key, then run the same command"]
         return ["correct that, then run the same command"]
     steps = ["the same command continues; nothing is paid twice"]
-    if by_signal and summary.rows.ok and summary.output not in (None, STDOUT):
-        target = shlex.quote(str(summary.output))
-        steps.append(f"batchrun collect {target}   to look at what is there")
+    if summary.exit_code > 128 and summary.rows.ok and summary.output not in (None, STDOUT):
+        steps.append(
+            f"batchrun collect {shell.file(str(summary.output))}   to look at what is there"
+        )
     return steps
 
 
@@ -616,8 +615,8 @@ def validate_block(facts: ValidateFacts) -> str:
     lines += _columns(facts.files)
     lines += _bad_rows(facts)
     if facts.repeats:
-        repeat = _verb(facts.repeats, "repeat")
-        lines += _labelled("repeats", f"{_count(facts.repeats, 'row')} {repeat} an earlier request")
+        repeat = verb(facts.repeats, "repeat")
+        lines += _labelled("repeats", f"{count(facts.repeats, 'row')} {repeat} an earlier request")
     for old, new in facts.renamed:
         lines += _labelled("note", f'input column "{old}" is carried as "{new}"')
     if facts.skipped:
@@ -635,7 +634,7 @@ def _file_words(file: FileFacts) -> str:
     kind = {"jsonl": "JSONL", "parquet": "Parquet"}.get(file.format, file.format)
     packed = f" ({file.compression})" if file.compression else ""
     bytes_ = f", {size(file.size_bytes)}" if file.size_bytes is not None else ""
-    return f"{file.name}, {kind}{packed}, {_count(file.rows, 'row')}{bytes_}"
+    return f"{file.name}, {kind}{packed}, {count(file.rows, 'row')}{bytes_}"
 
 
 def _closing(file: FileFacts) -> str:
@@ -648,7 +647,7 @@ def _bad_rows(facts: ValidateFacts) -> list[str]:
     one_file = len(facts.files) == 1
     places = [place(row.source) if one_file else row.source for row in facts.bad_rows]
     width = max([9, *map(len, places)]) + 2
-    lines = _labelled("bad", _count(facts.bad, "row"))
+    lines = _labelled("bad", count(facts.bad, "row"))
     for where, row in zip(places, facts.bad_rows, strict=True):
         lines.append(f"{'':<{LABEL_WIDTH}}{where:<{width}}{row.reason}")
     if (more := facts.bad - len(facts.bad_rows)) > 0:
@@ -683,7 +682,7 @@ def _since(started_at_ms: int, updated_at_ms: int | None) -> str:
 
 
 def _speed_words(facts: StatusFacts, rows_per_s: float) -> str:
-    words = f"{_rate(rows_per_s)} rows/s"
+    words = f"{rate(rows_per_s)} rows/s"
     if facts.in_flight is not None:
         words += f", {facts.in_flight:,} in flight"
     if facts.bound_by:
@@ -727,7 +726,7 @@ def _finished_rows(rows: RowCounts, causes: Sequence[ErrorCount]) -> str:
     by_kind: dict[str, int] = {}
     for cause in causes:
         by_kind[cause.kind] = by_kind.get(cause.kind, 0) + cause.rows
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in by_kind.items())
+    kinds = ", ".join(f"{rows:,} {kind}" for kind, rows in by_kind.items())
     return f"{rows.ok:,} answered, {rows.error:,} failed" + (f" ({kinds})" if kinds else "")
 
 
@@ -766,37 +765,6 @@ def models_json(names: Sequence[str]) -> bytes:
 
 
 # Words
-
-
-def duration(seconds: float) -> str:
-    """``0.4 s``, ``38 s``, ``1 min 5 s``, ``2 h 4 min``, ``3 d 2 h``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    for large, large_unit, small, small_unit in (
-        (days, "d", hour, "h"),
-        (hours, "h", minute, "min"),
-        (minutes, "min", second, "s"),
-    ):
-        if large:
-            return f"{large} {large_unit}" + (f" {small} {small_unit}" if small else "")
-    return f"{second} s"
-
-
-def size(size_bytes: int) -> str:
-    """Decimal units, as disks and object stores count them."""
-    number = float(size_bytes)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 999.5:
-            return (
-                f"{number:.0f} {unit}"
-                if unit == "bytes" or number >= 99.95
-                else f"{number:.1f} {unit}"
-            )
-        number /= 1000
-    return f"{number:.1f} TB"
 
 
 def place(source: str) -> str:
@@ -867,21 +835,9 @@ def _some(names: Sequence[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _verb(number: int, verb: str) -> str:
-    return f"{verb}s" if number == 1 else verb
-
-
-def _rate(per_s: float) -> str:
-    return f"{per_s:.1f}" if per_s < 100 else f"{per_s:,.0f}"
-
-
 def _spent(tokens: TokenCounts) -> int:
     return max(tokens.total or 0, (tokens.prompt or 0) + (tokens.completion or 0))
 
 
-def _tokens(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count:,}"
+def _tokens(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 1_000_000 else f"{number:,}"

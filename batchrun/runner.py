@@ -64,6 +64,7 @@ from batchrun.report import FileFacts, StartFacts
 from batchrun.saved import save_config, saved_hosts
 from batchrun.secret import hidden_in_url
 from batchrun.types import Bound, OutputTotals, RowCounts, RunSummary, State, ThisRun
+from batchrun.words import count, duration, size, verb
 
 MOCK_HOST = "mock"
 MOCK_ENDPOINT = Endpoint("", MOCK_HOST, MOCK_HOST, None, None, None, None)
@@ -94,7 +95,7 @@ async def run(
     stop = Stop(config, talk)
     with ExitStack() as stack:
         if handle_signals:
-            stack.enter_context(process.signals(stop.on_signal))
+            stack.enter_context(process.signals(stop.on_signal, stop.at_once, stop.last_words))
         _check_output(config)
         state = stack.enter_context(_state_dir(config))
         if config.deadline_s is not None:
@@ -149,9 +150,10 @@ class Stop:
         self.cause = cause
         self.requested.set()
         if self._pool is not None and (number := self._pool.in_flight):
-            coming = "1 answer is on its" if number == 1 else f"{number:,} answers are on their"
+            its = "its" if number == 1 else "their"
+            coming = f"{count(number, 'answer')} {verb(number, 'are')} on {its} way"
             self._talk.note(
-                f"{coming} way, waiting up to {self._config.drain_s:g} s (Ctrl-C: stop now)",
+                f"{coming}, waiting up to {duration(self._config.drain_s)} (Ctrl-C: stop now)",
                 label="stopping",
             )
         if self._pool is not None:
@@ -159,6 +161,20 @@ class Stop:
 
     def on_signal(self, signum: int) -> None:
         self.now(Interrupted(signum))
+
+    def at_once(self) -> None:
+        """A second signal: what is in flight is cut off, and the run ends as it does anyway."""
+        if isinstance(self.cause, Interrupted):
+            self.cause.at_once()
+        if self._pool is not None and self.cause is not None:
+            self._pool.stop(self.cause, drain_s=0.0)
+
+    def last_words(self) -> None:
+        """What there is to say where even that takes too long."""
+        self._talk.end()
+        self._talk.note("at once: every answer that was written down is saved", label="stopped")
+        self._talk.note("the same command continues", label="next")
+        self._talk.close()
 
     def check(self) -> None:
         """Raise the cause; called by the passes over the input, once a batch."""
@@ -179,6 +195,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.started_s = self.sending_since_s = time.monotonic()
+        self.sending_s = 0.0
         self.started_at_ms = int(time.time() * 1000)
         self.published: Footer | None = None
         self.hosts_before: list[str] = []
@@ -240,14 +257,16 @@ class _Run:
         self._say_start(files)
         if self.plan.counts.to_send:
             delivered = await self._deliver()
-            self.summary.this_run = _this_run(delivered)
+            self.summary.this_run = _this_run(delivered, self.sending_s)
             self._count_rows(delivered.tally, delivered.reopened)
             if delivered.cause is not None:
                 return self._ended(delivered.cause)
             if delivered.tally.done != self.plan.counts.to_send:
                 # A bug, and one that must not become a file with rows missing.
                 lost = self.plan.counts.to_send - delivered.tally.done
-                raise RuntimeError(f"{lost:,} rows were neither answered nor failed")
+                raise RuntimeError(
+                    f"{count(lost, 'row')} {verb(lost, 'were')} neither answered nor failed"
+                )
         self.stop.all_sent()
         footer = await asyncio.to_thread(self._publish)
         return await self._finished(footer)
@@ -375,21 +394,21 @@ class _Run:
             free = shutil.disk_usage(self.state).free
             if free < needed:
                 self._note(
-                    f"{self.state.parent.absolute()} has {report.size(free)} free; journal and"
-                    f" output may need about {report.size(needed)}"
+                    f"{self.state.parent.absolute()} has {size(free)} free; journal and"
+                    f" output may need about {size(needed)}"
                 )
 
     def _say_start(self, files: Resolved) -> None:
         facts = self._start_facts(files)
         self.talk.print_block(report.start_block(facts), report.start_lines(facts))
         done = self.plan.counts.total - self.plan.counts.to_send
+        self.sending_since_s = time.monotonic()
         self.talk.begin(self.plan.counts.total, done, timeout_s=self.config.timeout_s)
 
     async def _deliver(self) -> Delivered:
         config, counts = self.config, self.plan.counts
         save_config(self.state, config, model_of(config), self._hosts())
         self.before = Totals(counts.total, counts.held_ok, counts.held_failed + counts.invalid)
-        self.sending_since_s = time.monotonic()
         # What an earlier run left here must not speak for this one.
         write_status(self.state, self._status(self.before.ok, self.before.failed))
         with process.patient_collector():
@@ -407,6 +426,7 @@ class _Run:
                     on_pool=self.stop.attach,
                     watch=self._write_status,
                 )
+                self.sending_s = time.monotonic() - self.sending_since_s
                 if delivered.wrong_model:
                     delivered = await _with_offer(delivered, endpoint)
                 return delivered
@@ -418,7 +438,9 @@ class _Run:
         wanted = self.config.concurrency or MAX_CONCURRENCY
         room = process.room_for_sockets(wanted * each) // each
         if room < wanted:
-            self._note(f"at most {room:,} requests in flight, for want of open files (ulimit -n)")
+            self._note(
+                f"at most {count(room, 'request')} in flight, for want of open files (ulimit -n)"
+            )
             self.talk.note(self.summary.notes[-1])
         return room
 
@@ -439,7 +461,8 @@ class _Run:
         self.keep_state = bool(unused and (self.continues or self.summary.backup is None))
         if unused:
             self._note(
-                f"{unused:,} answers of rows that are gone from the input are kept in "
+                f"{count(unused, 'answer')} of rows that are gone from the input"
+                f" {verb(unused, 'are')} kept in "
                 f"{self.state if self.keep_state else self.summary.backup}"
             )
         self.tally = OutputTally()
@@ -464,10 +487,8 @@ class _Run:
             self.tally,
             response_body=config.response_body,
         )
-        if self.plan.carried.surrogates:
-            count = self.plan.carried.surrogates
-            what = "a lone surrogate" if count == 1 else f"{count:,} lone surrogates"
-            self._note(f"{what} in carried columns became U+FFFD")
+        if surrogates := self.plan.carried.surrogates:
+            self._note(f"{count(surrogates, 'lone surrogate')} in carried columns became U+FFFD")
         return footer
 
     # How it ends
@@ -520,7 +541,7 @@ class _Run:
         summary.output_totals = OutputTotals(footer.tokens)
         if allowed.covers(rows.error, total):
             return self._closed("finished", EXIT_OK, None)
-        reason = f"{rows.error:,} rows failed, {allowed} allowed"
+        reason = f"{count(rows.error, 'row')} failed, {allowed} allowed"
         return self._closed("finished", EXIT_ROWS_FAILED, reason)
 
     def _count_rows(self, tally: RunTally, reopened: int = 0) -> None:
@@ -546,6 +567,8 @@ class _Run:
         if self.config.to_stdout and self.config.state_dir is None:
             self.summary.next_steps = ["--state DIR would keep the answers; now they are gone"]
             self.summary.state_dir = None
+        if hasattr(self, "plan"):
+            self.summary.request_models = sorted(filter(None, self.plan.models))
         summary = self._closed(_state_of(cause), cause.exit_code, cause.message)
         if hasattr(self, "plan"):
             rows, code = summary.rows, cause.exit_code
@@ -566,6 +589,7 @@ class _Run:
         summary.wall_s = round(time.monotonic() - self.started_s, 3)
         if self.config.endpoint is not None:
             summary.endpoint = hidden_in_url(self.config.endpoint.url)
+        summary.next_steps = summary.next_steps or report.next_steps(summary)
         return summary
 
     # Facts for people
@@ -763,7 +787,7 @@ def _differ(
     for name, value in wanted.items():
         if held.get(name) != value:
             lines.append(f"    {name:<12}{_shown(held.get(name))}  ->  {_shown(value)}")
-    lines.append(f"  {answers:,} answers would be asked for again. Choose:")
+    lines.append(f"  {count(answers, 'answer')} would be asked for again. Choose:")
     suffix = Path(config.output).suffix
     return SettingsDiffer(
         "\n".join(lines),
@@ -777,13 +801,13 @@ def _shown(value: object) -> str:
 
 
 def _recovered(recovery: Recovery) -> str:
-    text = f"the journal had {recovery.cut_bytes:,} bytes of an unfinished write"
+    text = f"the journal had {count(recovery.cut_bytes, 'byte')} of an unfinished write"
     if recovery.holes:
-        text += f" and {recovery.holes:,} holes of {recovery.hole_bytes:,} bytes"
+        text += f" and {count(recovery.holes, 'hole')} of {count(recovery.hole_bytes, 'byte')}"
     return f"{text}; every whole answer was kept"
 
 
-def _this_run(delivered: Delivered) -> ThisRun:
+def _this_run(delivered: Delivered, sending_s: float) -> ThisRun:
     tally = delivered.tally
     return ThisRun(
         rows_sent=tally.done,
@@ -791,6 +815,8 @@ def _this_run(delivered: Delivered) -> ThisRun:
         retries=tally.retries,
         rate_limited=tally.rate_limited,
         in_doubt=tally.in_doubt,
+        cut_off=tally.cut_off,
+        sending_s=round(sending_s, 3),
         tokens=tally.tokens,
         bound_by=delivered.bound_by,
     )

@@ -274,6 +274,8 @@ class ThisRun(Struct):
     retries: int = 0
     rate_limited: int = 0
     in_doubt: int = 0
+    cut_off: int = 0  # of these: in flight when the run was stopped
+    sending_s: float = 0.0  # from the first request to the last answer
     tokens: TokenCounts = field(default_factory=TokenCounts)
     bound_by: Bound | None = None
 

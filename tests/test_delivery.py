@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -153,7 +154,7 @@ def test_what_the_drain_does_not_wait_for_is_in_doubt(mock: StartMock, running: 
 
 def test_a_second_signal_ends_it_at_once(mock: StartMock, running: StartRun) -> None:
     held = Held(mock, count=5, arrivals=4)
-    with running("in.jsonl", *options(held.server), "--drain", "3600") as process:
+    with running("in.jsonl", *options(held.server), "--drain", "3600", "--json") as process:
         held.wait()
         process.send_signal(signal.SIGINT)
         process.says("on their way")
@@ -161,8 +162,47 @@ def test_a_second_signal_ends_it_at_once(mock: StartMock, running: StartRun) -> 
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
         process.send_signal(signal.SIGINT)
-        assert process.wait(WAIT_S) == 130
+        ended = process.end()
+    assert ended.code == 130
     assert held_answers() == 5
+    summary = ended.summary
+    assert summary["reason"] == "stopped at once by SIGINT"
+    assert (summary["rows"]["ok"], summary["this_run"]["cut_off"]) == (5, 4)
+    assert summary["next_steps"][0] == "the same command continues; nothing is paid twice"
+    assert summary["request_models"] == ["m"]
+    assert "at once: 5 of 40 rows answered and saved, 35 waiting" in ended.err
+    assert "4 requests were on their way and may be billed without an answer" in ended.err
+
+
+def test_a_second_signal_leaves_a_clean_terminal(mock: StartMock, running: StartRun) -> None:
+    held = Held(mock, count=5, arrivals=4)
+    ours, theirs = pty.openpty()
+    with (
+        io.FileIO(ours) as screen,
+        running("in.jsonl", *options(held.server), "--drain", "1h", stderr=theirs) as process,
+    ):
+        os.close(theirs)
+        held.wait()
+        process.send_signal(signal.SIGINT)
+        text = read_until(screen, b"stop now")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGINT)
+        text += read_until(screen, b"exit code 130\r\n")
+        assert process.wait(WAIT_S) == 130
+    last = text.decode().rpartition("stopped   ")[0].rpartition("\n")[2]
+    # The bar is wiped out, and the text begins where it stood.
+    assert last.endswith("\r")
+    assert not last.rstrip("\r").rpartition("\r")[2].strip()
+
+
+def read_until(screen: io.FileIO, words: bytes) -> bytes:
+    text = b""
+    while words not in text:
+        piece = screen.read(4_096)
+        assert piece, text
+        text += piece
+    return text
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

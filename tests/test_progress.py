@@ -13,6 +13,8 @@ import msgspec
 import pytest
 
 from batchrun.progress import (
+    BAR_WIDTH,
+    ECHO_WIDTH,
     MINUTE_S,
     STALL_S,
     WIDTH,
@@ -65,9 +67,10 @@ def _progress(
 
 def test_the_bar_says_rates_time_left_and_failures() -> None:
     snapshot = Snapshot(total=2000, done=1260, ok=1258, failed=2, in_flight=48, tokens=700_000)
-    tail = bar_tail(snapshot, _speed(1260, 700_000, 41.0), 41.0)
-    assert tail == "1,260/2,000 [0:41<0:24] 30.7 rows/s 17k tok/s 48 busy 2 failed"
-    assert len(" 63% |######    | " + tail) <= 80
+    tail = bar_tail(snapshot, _speed(1260, 700_000, 41.0), 41.0, BAR_WIDTH)
+    assert tail == "1,260/2,000 [0:41<0:24] 30.7 rows/s 17k tok/s 48 in flight 2 failed"
+    tail = bar_tail(snapshot, _speed(1260, 700_000, 41.0), 41.0, 80 - ECHO_WIDTH)
+    assert tail == "1,260/2,000 [0:41<0:24] 30.7 rows/s 48 in flight 2 failed"
 
 
 def test_a_long_bar_drops_the_least_important_facts_first() -> None:
@@ -98,14 +101,16 @@ def test_a_log_line_fits_its_width_beside_the_time() -> None:
     assert minute_line(waiting, Speed()) == "2,960/12,672 waiting 40 s: Retry-After, 0 failed"
 
 
-def test_the_rate_is_that_of_the_last_half_minute() -> None:
+def test_the_rate_is_that_of_the_whole_run_and_the_time_left_that_of_its_last_half_minute() -> None:
     speed = Speed()
     for second in range(100):
-        speed.sample(float(second), second * 10, 0)
+        speed.sample(float(second), 7 + second * 10, 0)
     for second in range(100, 131):
-        speed.sample(float(second), 990, 0)
-    assert speed.rows_per_s == 0.0
+        speed.sample(float(second), 997, 0)
+    assert speed.rows_per_s == pytest.approx(990 / 130)
     assert speed.remaining_s(10) is None
+    speed.sample(160.0, 1_057, 0)
+    assert speed.remaining_s(120) == pytest.approx(60.0)
 
 
 def test_a_log_gets_one_line_a_minute_also_while_nothing_moves() -> None:
@@ -207,8 +212,51 @@ def test_a_terminal_gets_a_bar_and_notes_above_it() -> None:
     assert text.startswith("a -> b\nrows      2,000\n")
     assert "note      the key changed\n" in text
     assert re.search(r"\r 63% \|######    \| 1,260/2,000 \[0:10<0:28\] 26\.0 rows/s", text)
-    assert text.endswith("\ndone      2,000\n")
+    assert text.endswith("\rdone      2,000\n")
     assert STAMP not in text
+
+
+def shown(text: str) -> list[str]:
+    """The lines of a terminal that has taken ``text``."""
+    lines, column = [""], 0
+    for char in text:
+        if char == "\n":
+            lines.append("")
+        elif char != "\r":
+            lines[-1] = lines[-1][:column].ljust(column) + char + lines[-1][column + 1 :]
+        column = 0 if char in "\r\n" else column + 1
+    return [line.rstrip() for line in lines]
+
+
+class EchoingTerminal(io.StringIO):
+    """A terminal whose user types Ctrl-C behind the bar, every time one is drawn."""
+
+    def write(self, text: str) -> int:
+        echo = "^C" if text.rstrip().endswith("failed") else ""
+        super().write(text + echo)
+        return len(text)
+
+
+@pytest.mark.parametrize("done", [1_260, 2_000])
+def test_no_bar_and_no_echo_of_a_key_stays_in_a_line_of_text(done: int) -> None:
+    stream, clock = EchoingTerminal(), Clock()
+    talk = _progress(stream, clock, is_tty=True)
+    talk.begin(2000, 1000)
+    clock.now_s = 10.0
+    talk.update(Snapshot(2000, done, in_flight=48))
+    talk.note("short", label="stopping")
+    talk.end()
+    talk.print_block("stopped   1,260 of 2,000")
+    talk.close()
+    lines = shown(stream.getvalue())
+    bar = [line for line in lines if "%" in line]
+    assert [line for line in lines if line not in bar] == [
+        "stopping  short",
+        "stopped   1,260 of 2,000",
+        "",
+    ]
+    # Only a full bar stays.
+    assert len(bar) == (done == 2_000)
 
 
 def test_a_terminal_that_does_not_know_its_size_gets_a_bar() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -12,7 +13,7 @@ from textwrap import dedent
 import pytest
 from msgspec.structs import replace
 
-from batchrun import report
+from batchrun import report, words
 from batchrun.config import RunConfig
 from batchrun.errors import EndpointRefused, Locked, UsageError
 from batchrun.providers import Endpoint
@@ -74,8 +75,8 @@ DONE = RunSummary(
     state_dir="prompts.results.parquet.batchrun",
     rows=RowCounts(total=2_000, ok=2_000, truncated=3),
     output_totals=OutputTotals(TOKENS),
-    this_run=ThisRun(rows_sent=2_000, tokens=TOKENS, bound_by="quota"),
-    wall_s=65.0,
+    this_run=ThisRun(rows_sent=2_000, tokens=TOKENS, bound_by="quota", sending_s=65.0),
+    wall_s=66.0,
 )
 FAILURES = [
     ErrorCount(
@@ -107,7 +108,8 @@ FAILED = replace(
     exit_code=3,
     rows=RowCounts(total=2_000, ok=1_988, error=12),
     errors=FAILURES,
-    wall_s=69.2,
+    this_run=ThisRun(rows_sent=2_000, tokens=TOKENS, bound_by="quota", sending_s=69.2),
+    wall_s=70.0,
 )
 
 
@@ -122,6 +124,14 @@ def utc() -> Iterator[None]:
     else:
         os.environ["TZ"] = before
     time.tzset()
+
+
+def final_block(
+    summary: RunSummary, config: RunConfig | None, facts: FinalFacts | None = None
+) -> str:
+    """The block as a run ends with it: a cause without advice of its own is given some."""
+    steps = summary.next_steps or report.next_steps(summary)
+    return report.final_block(replace(summary, next_steps=steps), config, facts)
 
 
 def _text(block: str) -> str:
@@ -177,19 +187,19 @@ def test_a_mock_run_says_that_its_answers_are_synthetic() -> None:
 
 
 def test_success_names_tokens_pace_output_and_how_to_look() -> None:
-    facts = FinalFacts(prompt_column="prompt", output_bytes=1_900_000)
-    assert report.final_block(DONE, CONFIG, facts) == _text("""
+    facts = FinalFacts(output_bytes=1_900_000)
+    assert final_block(DONE, CONFIG, facts) == _text("""
         done      2,000 of 2,000 rows answered in 1 min 5 s (30.8 rows/s)
         note      3 answers were cut short (finish_reason "length")
         tokens    612,480 prompt (96,000 cached) + 498,112 completion
         limit     the endpoint's quota set the pace
         output    prompts.results.parquet (1.9 MB)
-        next      duckdb -c "SELECT prompt, response FROM 'prompts.results.parquet'"
+        next      batchrun collect prompts.results.parquet -o - | head -n 3
     """)
 
 
 def test_partial_failure_groups_causes_and_says_what_a_rerun_does() -> None:
-    assert report.final_block(FAILED, CONFIG) == _text("""
+    assert final_block(FAILED, CONFIG) == _text("""
         finished  1,988 of 2,000 rows answered, 12 failed, in 1 min 9 s
         failed    9 rejected       line 214: 3051: Prompt contains 300112 tokens and...
                   2 timeout        line 77: timeout: no answer within 600 s, 3 attempts
@@ -204,7 +214,7 @@ def test_partial_failure_groups_causes_and_says_what_a_rerun_does() -> None:
 
 
 def test_accepted_failures_are_named_without_a_way_to_accept_them() -> None:
-    block = report.final_block(replace(FAILED, exit_code=0), CONFIG)
+    block = final_block(replace(FAILED, exit_code=0), CONFIG)
     assert "12 failed" in block
     assert "--allow-failures" not in block
     assert "exit code" not in block
@@ -219,7 +229,7 @@ def test_a_refused_key_is_named_but_never_shown() -> None:
         state_dir="prompts.results.parquet.batchrun",
         rows=RowCounts(total=2_000, pending=2_000),
     )
-    assert report.final_block(summary, CONFIG) == _text("""
+    assert final_block(summary, CONFIG) == _text("""
         stopped   api.mistral.ai refused the key: 401 Unauthorized
         key       from $MISTRAL_API_KEY; nothing else was tried
         rows      0 answered, 2,000 waiting (none counts as failed)
@@ -235,7 +245,7 @@ def test_an_interrupted_run_says_what_is_saved() -> None:
         state_dir="prompts.results.parquet.batchrun",
         rows=RowCounts(total=2_000, ok=1_308, pending=692),
     )
-    assert report.final_block(summary, CONFIG) == _text("""
+    assert final_block(summary, CONFIG) == _text("""
         stopped   1,308 of 2,000 rows answered and saved, 692 waiting
         saved     prompts.results.parquet.batchrun
         next      the same command continues; nothing is paid twice
@@ -253,7 +263,7 @@ def test_an_early_stop_says_why() -> None:
         state_dir="o.parquet.batchrun",
         rows=RowCounts(total=10, ok=4, error=1, pending=5),
     )
-    lines = report.final_block(summary, CONFIG).splitlines()
+    lines = final_block(summary, CONFIG).splitlines()
     assert lines[:3] == [
         "stopped   the deadline is reached",
         "rows      4 answered, 1 failed, 5 waiting",
@@ -266,22 +276,25 @@ def test_a_continued_run_tells_its_own_share() -> None:
     summary = replace(
         DONE,
         rows=RowCounts(total=2_000, ok=2_000, reused=1_308),
-        this_run=ThisRun(rows_sent=692, tokens=TokenCounts(prompt=211_906, completion=172_340)),
-        wall_s=23.0,
+        this_run=ThisRun(
+            rows_sent=692,
+            tokens=TokenCounts(prompt=211_906, completion=172_340),
+            sending_s=23.0,
+        ),
     )
-    lines = report.final_block(summary, CONFIG).splitlines()
+    lines = final_block(summary, CONFIG).splitlines()
     assert lines[0] == "done      2,000 of 2,000 rows answered; 692 in this run, in 23 s"
     assert lines[2] == "          (this run: 211,906 + 172,340)"
 
 
 def test_a_rerun_with_nothing_left_says_so() -> None:
     summary = replace(DONE, rows=RowCounts(total=5, ok=5, reused=5), this_run=None)
-    first = report.final_block(summary, CONFIG).splitlines()[0]
+    first = final_block(summary, CONFIG).splitlines()[0]
     assert first == "done      5 of 5 rows answered; nothing was left to send"
 
 
 def test_an_empty_input_is_a_success() -> None:
-    block = report.final_block(RunSummary(output="o.parquet", rows=RowCounts(total=0)), CONFIG)
+    block = final_block(RunSummary(output="o.parquet", rows=RowCounts(total=0)), CONFIG)
     assert block.startswith("done      no rows in the input")
 
 
@@ -301,13 +314,55 @@ def test_a_log_of_an_early_end_says_why() -> None:
     ]
 
 
-def test_the_way_to_look_can_be_pasted_whatever_the_names() -> None:
-    summary = replace(DONE, output="it's $x.parquet")
-    block = report.final_block(summary, CONFIG, FinalFacts(prompt_column="the prompt"))
-    assert block.splitlines()[-1] == (
-        'next      duckdb -c \'SELECT "the prompt", response FROM'
-        " '\"'\"'it'\"'\"''\"'\"'s $x.parquet'\"'\"''"
+@pytest.mark.parametrize(
+    ("output", "step"),
+    [
+        ("o.parquet", "batchrun collect o.parquet -o - | head -n 3"),
+        ("it's $x.parquet", """batchrun collect 'it'"'"'s $x.parquet' -o - | head -n 3"""),
+        ("-dash.parquet", "batchrun collect ./-dash.parquet -o - | head -n 3"),
+        ("o.jsonl", "head -n 3 o.jsonl"),
+    ],
+)
+def test_the_way_to_look_can_be_pasted_whatever_the_name(output: str, step: str) -> None:
+    block = final_block(replace(DONE, output=output), CONFIG)
+    assert block.splitlines()[-1] == f"next      {step}"
+
+
+def test_a_run_left_at_once_says_what_is_saved_and_what_may_be_billed() -> None:
+    summary = RunSummary(
+        state="stopped",
+        exit_code=130,
+        reason="stopped at once by SIGINT",
+        output="prompts.results.parquet",
+        state_dir="prompts.results.parquet.batchrun",
+        rows=RowCounts(total=2_000, ok=1_308, pending=692),
+        this_run=ThisRun(rows_sent=1_308, in_doubt=50, cut_off=48),
     )
+    assert final_block(summary, CONFIG) == _text("""
+        stopped   at once: 1,308 of 2,000 rows answered and saved, 692 waiting
+                  48 requests were on their way and may be billed without an answer
+        saved     prompts.results.parquet.batchrun
+        next      the same command continues; nothing is paid twice
+                  batchrun collect prompts.results.parquet   to look at what is there
+                                                                           exit code 130
+    """)
+
+
+def test_one_of_a_thing_is_said_as_one() -> None:
+    one = replace(
+        FAILED,
+        rows=RowCounts(total=1, error=1),
+        errors=[replace(FAILURES[0], rows=1)],
+        this_run=ThisRun(rows_sent=1, cut_off=1),
+        exit_code=75,
+    )
+    texts = [
+        final_block(one, CONFIG),
+        final_block(replace(one, exit_code=3), CONFIG),
+        *report.final_lines(replace(one, exit_code=3)),
+        *report.start_lines(replace(START, rows=1, to_send=1)),
+    ]
+    assert not re.search(r"\b1 \w*(rows|requests|answers|attempts)\b", "\n".join(texts))
 
 
 @pytest.mark.parametrize(
@@ -316,8 +371,8 @@ def test_the_way_to_look_can_be_pasted_whatever_the_names() -> None:
         report.start_block(
             replace(START, files=(replace(PROMPTS, carried_only=tuple(map(str, range(99)))),))
         ),
-        report.final_block(replace(FAILED, errors=FAILURES * 5), CONFIG),
-        report.final_block(replace(DONE, notes=["a note of many words " * 9]), CONFIG),
+        final_block(replace(FAILED, errors=FAILURES * 5), CONFIG),
+        final_block(replace(DONE, notes=["a note of many words " * 9]), CONFIG),
     ],
     ids=["columns", "causes", "notes"],
 )
@@ -488,7 +543,7 @@ def test_json_of_a_command_that_never_began(error: BaseException, state: str, co
     ],
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
-    assert report.duration(seconds) == text
+    assert words.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -496,7 +551,7 @@ def test_durations_for_people(seconds: float, text: str) -> None:
     [(0, "0 bytes"), (999, "999 bytes"), (1_900_000, "1.9 MB"), (123_456_789, "123 MB")],
 )
 def test_sizes_for_people(size_bytes: int, text: str) -> None:
-    assert report.size(size_bytes) == text
+    assert words.size(size_bytes) == text
 
 
 @pytest.mark.parametrize(
