@@ -158,7 +158,7 @@ def on_a_terminal(command: str, cwd: Path) -> list[str]:
         process.kill()
     # A carriage return writes over the line: what comes last is what is seen.
     lines = b"".join(pieces).decode().replace("\r\n", "\n").splitlines()
-    return [line.rsplit("\r", 1)[-1] for line in lines if line.strip("\r")]
+    return [line.rsplit("\r", 1)[-1] for line in lines if line.strip()]
 
 
 def without_figures(line: str) -> str:
