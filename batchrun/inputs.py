@@ -38,6 +38,7 @@ from batchrun.answers import ANSWER_COLUMNS
 from batchrun.config import STDIN, InputFormat, JSONValue
 from batchrun.errors import LocalIOError, StoppedEarly, UsageError
 from batchrun.prompts import CUSTOM_ID, json_text, without_surrogates
+from batchrun.table_notes import TableNotes
 
 Compression = Literal["", "gz", "zst"]
 
@@ -872,6 +873,7 @@ class ColumnTypes:
         self._types: dict[str, list[_TableType]] = {}  # of the columns of tables
         self._order: dict[str, None] = {}
         self._tables: set[Path] = set()
+        self._notes = TableNotes()
         self._rows = 0
         for name in carry or ():
             self._kinds[name] = set()
@@ -915,6 +917,7 @@ class ColumnTypes:
 
     def _observe_table(self, file: InputFile) -> None:
         with _table(file) as table:
+            self._notes.add(table.schema_arrow)
             for field in table.schema_arrow:
                 if self._carry is None or field.name in self._carry:
                     self._admit(field.name)
@@ -935,7 +938,13 @@ class ColumnTypes:
             for name in self._carry:
                 if name not in self._order:
                     raise UsageError(f"--carry {name}: no row has a column of that name")
-        return Carried({n: self._type(n) for n in names if n != CUSTOM_ID})
+        types = {name: self._type(name) for name in names if name != CUSTOM_ID}
+        unchanged = {
+            name
+            for name, kind in types.items()
+            if all(seen.type == kind for seen in self._types.get(name, ()))
+        }
+        return Carried(types, self._notes, unchanged)
 
     def _type(self, name: str) -> pa.DataType:
         found = list(self._types.get(name, ()))
@@ -1048,12 +1057,28 @@ class Carried:
     U+FFFD in what was converted so far.
     """
 
-    def __init__(self, types: Mapping[str, pa.DataType]) -> None:
+    def __init__(
+        self,
+        types: Mapping[str, pa.DataType],
+        notes: TableNotes | None = None,
+        unchanged: Collection[str] = (),
+    ) -> None:
+        """``notes`` are of tables whose columns ``unchanged`` have the types they had there."""
         self._columns = list(types.items())
         outputs = _output_names(types)
         self.sources = frozenset(types)
+        carried_as = dict(zip(types, outputs, strict=True))
+        notes = notes or TableNotes()
         self.schema = pa.schema(
-            [pa.field(out, kind) for out, kind in zip(outputs, types.values(), strict=True)]
+            [
+                pa.field(
+                    carried_as[name],
+                    kind,
+                    metadata=notes.of_field(name) if name in unchanged else None,
+                )
+                for name, kind in types.items()
+            ],
+            metadata=notes.of_schema(carried_as, set(unchanged)),
         )
         self.renamed = [(n, out) for n, out in zip(types, outputs, strict=True) if n != out]
         self.surrogates = 0

@@ -242,7 +242,8 @@ def slices_of(path: Path) -> tuple[pa.Schema, Iterator[Slice]]:
     with _reading(path):
         schema = pq.read_schema(path)
     own = set(answers.ANSWER_COLUMNS)
-    carried = pa.schema([field for field in schema if field.name not in own])
+    fields = [field for field in schema if field.name not in own]
+    carried = pa.schema(fields, metadata=schema.metadata)
     return carried, _slices_of(path, carried)
 
 

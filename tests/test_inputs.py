@@ -390,6 +390,7 @@ def test_damaged_compressed_files_are_one_line(tmp_path: Path, pack: Any, damage
         (b"PK\x03\x04....", "Excel"),
         (b"BZh9....", "bzip2"),
     ],
+    ids=["gzip", "zstd", "parquet", "utf-16", "utf-16-le", "zip", "bzip2"],
 )
 def test_another_format_under_the_name_of_jsonl_is_one_line(
     tmp_path: Path, content: bytes, word: str

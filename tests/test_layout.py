@@ -29,6 +29,7 @@ LAYERS = (
     {
         "prompts",
         "foreign",
+        "table_notes",
         "answers",
         "retry",
         "limits",
@@ -69,7 +70,7 @@ LIBRARY_ROOMS = {
     "aiohttp": {"endpoint", "mock_server"},
     "click": {"cli", "flags"},
     "msgspec": EVERYWHERE,
-    "pyarrow": {"inputs", "outputs"},
+    "pyarrow": {"inputs", "outputs", "table_notes"},
     "tenacity": {"retry"},
     "tqdm": {"progress"},
 }
