@@ -37,7 +37,9 @@ from batchrun import foreign
 from batchrun.answers import ANSWER_COLUMNS
 from batchrun.config import STDIN, InputFormat, JSONValue
 from batchrun.errors import LocalIOError, StoppedEarly, UsageError
+from batchrun.files import make_durable
 from batchrun.prompts import CUSTOM_ID, json_text, without_surrogates
+from batchrun.state import StateDir
 from batchrun.table_notes import TableNotes
 
 Compression = Literal["", "gz", "zst"]
@@ -328,13 +330,17 @@ RowsOrTable: TypeAlias = Iterable[Mapping[str, object]] | pa.Table
 def spool(source: BinaryIO | RowsOrTable, directory: Path) -> Path:
     """Keep an input that cannot be read twice: a stream, dicts, or an Arrow table.
 
-    The file appears whole: ``stdin.jsonl``, ``rows.jsonl`` or ``table.parquet``.
+    The file appears whole, where ``StateDir.spool`` finds it.
     """
+    state = StateDir(directory)
     if isinstance(source, pa.Table):
-        return _kept(directory / "table.parquet", partial(pq.write_table, source))
-    if hasattr(source, "read"):
-        return _kept(directory / "stdin.jsonl", partial(_copy, cast("BinaryIO", source)))
-    return _kept(directory / "rows.jsonl", partial(_write_rows, source))
+        path = _kept(state.table_spool, partial(pq.write_table, source))
+    elif hasattr(source, "read"):
+        path = _kept(state.rows_spool, partial(_copy, cast("BinaryIO", source)))
+    else:
+        path = _kept(state.rows_spool, partial(_write_rows, source))
+    state.forget_spools(but=path)
+    return path
 
 
 def _kept(path: Path, write: Callable[[BinaryIO], object]) -> Path:
@@ -345,7 +351,7 @@ def _kept(path: Path, write: Callable[[BinaryIO], object]) -> Path:
             try:
                 write(file)  # type: ignore[arg-type]  # its wrapper is a BinaryIO in all but name
                 file.flush()
-                os.fsync(file.fileno())
+                make_durable(file.fileno())
                 os.replace(file.name, path)
             except BaseException:
                 os.unlink(file.name)

@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from batchrun import records
-from batchrun.disk import io_error, make_durable, make_private, opened, reporting, sync_directory
 from batchrun.errors import LocalIOError
+from batchrun.files import (
+    io_error,
+    make_durable,
+    make_private,
+    open_regular,
+    opened,
+    reporting,
+    sync_directory,
+)
 from batchrun.segments import (
     FORMAT,
     Contents,
@@ -37,6 +45,7 @@ from batchrun.segments import (
     write_table,
 )
 from batchrun.slots import Held, Survey
+from batchrun.state import StateDir
 from batchrun.types import Outcome
 
 __all__ = ["FORMAT", "Header", "Held", "Journal", "Recovery", "Survey"]
@@ -87,6 +96,7 @@ class Journal:
         self = cls(state, segment_bytes, writable=True)
         with reporting(state, "open the journal"):
             make_private(state)
+            StateDir(state).finish_removal()
             contents = replay(state)
             forget_unfinished_table(state)
             # Before anything is appended: once the segments have grown, it might be believed.
@@ -137,7 +147,7 @@ class Journal:
 
     def _continue_last_segment(self) -> None:
         path = segment_path(self.run_path, self._segment)
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        self._fd = open_regular(path, os.O_WRONLY | os.O_APPEND)
 
     def _note_unsynced(self, durable: int) -> None:
         """A killed process may have left records that are written but not yet durable."""
@@ -290,7 +300,7 @@ class Journal:
         if fd is None:
             if len(self._readers) >= _MOST_OPEN_SEGMENTS:
                 os.close(self._readers.pop(next(iter(self._readers))))
-            fd = os.open(segment_path(self.run_path, segment), os.O_RDONLY | os.O_NOFOLLOW)
+            fd = open_regular(segment_path(self.run_path, segment), os.O_RDONLY)
             self._readers[segment] = fd
         return fd
 

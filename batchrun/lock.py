@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import random
-import shutil
 import socket
 import threading
 import time
@@ -19,15 +18,11 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun.config import IfLocked
-from batchrun.disk import make_private, reporting, write_private
+from batchrun.config import STATE_SUFFIX, IfLocked
 from batchrun.errors import Locked
+from batchrun.files import open_regular, read_regular, reporting, write_whole
+from batchrun.state import StateDir
 
-LOCK = "lock"
-_STATUS = "status.json"
-_OWN_SUFFIX = ".batchrun"
-_MADE = "made-by-batchrun"
-_OWN_NAMES = ("journal-", _STATUS, "run.json")
 _ATTEMPTS = 200
 _PAUSE_S = 0.01
 
@@ -44,30 +39,20 @@ class Lock:
     """An output's state directory, held by this process until ``release`` or its death."""
 
     def __init__(self, state: Path, fd: int) -> None:
-        self.state = state
+        self.state = StateDir(state)
         self._fd = fd
         me = Holder(os.getpid(), socket.gethostname(), time.time_ns() // 1_000_000)
-        with reporting(state / LOCK, "write"):
+        with reporting(self.state.lock, "write"):
             # Over the old text first, so that nobody ever reads an empty file.
             text = msgspec.json.encode(me) + b"\n"
             os.pwrite(fd, text, 0)
             os.ftruncate(fd, len(text))
 
     def remove_state(self) -> None:
-        """Delete the state directory and let go of it; nothing in it may be touched afterwards.
-
-        The lock file goes last: whoever finds it gone begins with an empty directory, and whoever
-        had it open finds another file in its place. A directory that was here before us may
-        hold other things: of it only the files named here go.
+        """Delete what is ours in the state directory and let go of it; nothing in it may be
+        touched afterwards.
         """
-        with reporting(self.state, "remove"):
-            whole = self.state.name.endswith(_OWN_SUFFIX) or (self.state / _MADE).exists()
-            for path in sorted(self.state.iterdir(), reverse=True):
-                if path.name != LOCK and (whole or path.name.startswith(_OWN_NAMES)):
-                    _remove(path)
-            (self.state / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.state.rmdir()
+        self.state.remove()
         self.release()
 
     def release(self) -> None:
@@ -79,13 +64,6 @@ class Lock:
             # The descriptor is gone whatever close says, and nothing of ours hangs on it.
             with contextlib.suppress(OSError):
                 os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -117,7 +95,7 @@ def holder(state: Path) -> Holder | None:
     """Who holds this state directory now; None when nobody does. Disturbs no one."""
     with reporting(state, "read"):
         try:
-            fd = os.open(state / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+            fd = open_regular(StateDir(state).lock, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
@@ -128,16 +106,17 @@ def holder(state: Path) -> Holder | None:
 
 def _try_lock(state: Path) -> int | None:
     """The lock file, open and locked; None when another run holds it."""
+    directory = StateDir(state)
+    made = False
     for _ in range(_ATTEMPTS):
-        if make_private(state):
-            with contextlib.suppress(OSError):
-                write_private(state / _MADE, b"")
+        made = directory.make() or made
         try:
-            fd = os.open(state / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fd = open_regular(directory.lock, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             continue  # its holder finished and removed the directory just now
         if _flock(fd, fcntl.LOCK_EX):
-            if _is_still(fd, state / LOCK):
+            if _is_still(fd, directory.lock):
+                directory.mark(made=made)
                 return fd
         elif not _flock(fd, fcntl.LOCK_SH):
             os.close(fd)
@@ -166,12 +145,12 @@ def _is_still(fd: int, path: Path) -> bool:
 def _holder_named_in(fd: int) -> Holder | None:
     try:
         return msgspec.json.decode(os.pread(fd, 4096, 0), type=Holder)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
 
 
 def _locked(state: Path) -> Locked:
-    name = state.name.removesuffix(_OWN_SUFFIX)
+    name = state.name.removesuffix(STATE_SUFFIX)
     # Between taking the lock and writing its name a holder is nameless, or has its dead
     # predecessor's name.
     found = holder(state)
@@ -229,15 +208,14 @@ class Status(msgspec.Struct, kw_only=True):
 
 def write_status(state: Path, status: Status) -> None:
     """Replace the status file; what cannot be written is left out, for it is not the truth."""
-    temporary = state / f"{_STATUS}.new"
+    path = StateDir(state).status
     with contextlib.suppress(OSError):
-        write_private(temporary, msgspec.json.encode(status))
-        temporary.replace(state / _STATUS)
+        write_whole(path, path.with_name(f"{path.name}.new"), msgspec.json.encode(status))
 
 
 def read_status(state: Path) -> Status | None:
     """The last status written, or None when there is none that can be read."""
     try:
-        return msgspec.json.decode((state / _STATUS).read_bytes(), type=Status)
-    except (OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(read_regular(StateDir(state).status), type=Status)
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return None

@@ -32,6 +32,7 @@ from batchrun.config import (
     STATE_SUFFIX,
     STDIN,
     VERSION,
+    IfLocked,
     JSONValue,
     RunConfig,
 )
@@ -63,6 +64,7 @@ from batchrun.providers import DEFAULT_MODEL, Endpoint, provider_of
 from batchrun.report import FileFacts, StartFacts
 from batchrun.saved import save_config, saved_hosts
 from batchrun.secret import hidden_in_url
+from batchrun.state import StateDir, locate
 from batchrun.types import Bound, OutputTotals, RowCounts, RunSummary, State, ThisRun
 from batchrun.words import count, duration, size, verb
 
@@ -280,7 +282,9 @@ class _Run:
             source = process.stdin(self.stop.check) if self.rows is None else self.rows
             spool = inputs.spool(source, self.state)
         output = None if config.to_stdout else Path(config.output)
-        return inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
+        found = inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
+        StateDir(self.state).check_apart(each.path for each in found.files if each.path != spool)
+        return found
 
     def _recognise(self) -> Footer | None:
         """The footer of the output as it is; a file that is not ours needs --overwrite."""
@@ -690,15 +694,49 @@ def _asks_usage(config: RunConfig) -> bool:
 async def _locked(
     config: RunConfig, state: Path, stop: Stop, talk: Progress, stack: ExitStack
 ) -> Lock:
-    """Hold the state until ``stack`` ends; with ``--if-locked wait``, say for whom we wait."""
+    """Hold output and state until ``stack`` ends; with ``--if-locked wait``, say for whom we wait.
+
+    A state elsewhere is no way around another run of the same output: its usual place is held too.
+    """
+
+    def hold(if_locked: IfLocked = "fail") -> Lock:
+        with ExitStack() as holding:
+            usual = _usual_state(config)
+            if usual is not None and not _is_same(usual, state):
+                holding.enter_context(_reserved(usual, if_locked, stop))
+            held = holding.enter_context(lock_state(state, if_locked, cancelled=stop.requested))
+            stack.push(holding.pop_all())
+            return held
+
     try:
-        return await asyncio.to_thread(stack.enter_context, lock_state(state))
+        return await asyncio.to_thread(hold)
     except Locked as exc:
         if config.if_locked != "wait":
             raise
         talk.note(exc.message, label="waiting")
-    free = lock_state(state, "wait", cancelled=stop.requested)
-    return await asyncio.to_thread(stack.enter_context, free)
+    return await asyncio.to_thread(hold, "wait")
+
+
+def _usual_state(config: RunConfig) -> Path | None:
+    """Where the state of this output is unless another place is asked for."""
+    if config.to_stdout:
+        return None
+    real = os.path.realpath(config.output)
+    return locate(Path(real + STATE_SUFFIX), real).path
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+@contextmanager
+def _reserved(usual: Path, if_locked: IfLocked, stop: Stop) -> Iterator[None]:
+    with lock_state(usual, if_locked, cancelled=stop.requested) as held:
+        try:
+            yield
+        finally:
+            if not has_journal(usual):
+                held.remove_state()
 
 
 def _check_output(config: RunConfig) -> None:
@@ -708,6 +746,8 @@ def _check_output(config: RunConfig) -> None:
     path = Path(config.output)
     if path.is_dir():
         raise UsageError(f"-o {path}: that is a directory; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"-o {path}: that is not a regular file; -o - writes to standard output")
     parent = path.absolute().parent
     if not parent.is_dir():
         raise UsageError(f"-o {path}: there is no directory {parent}")
@@ -721,10 +761,8 @@ def _check_output(config: RunConfig) -> None:
 
 @contextmanager
 def _state_dir(config: RunConfig) -> Iterator[Path]:
-    if config.state_dir is not None:
-        yield config.state_dir
-    elif not config.to_stdout:
-        yield Path(config.output + STATE_SUFFIX)
+    if config.state_dir is not None or not config.to_stdout:
+        yield state_of(config.output, config.state_dir)
     else:
         # Nothing can continue what went to stdout, unless --state says where to remember it.
         with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
@@ -758,11 +796,13 @@ def _backup_of(output: Path) -> Path:
     return output.with_name(output.name + BACKUP_SUFFIX)
 
 
+def state_of(output: str, state_dir: Path | None) -> Path:
+    """Where the state of this output is, or would be. UsageError where none can be kept safely."""
+    return locate(state_dir or Path(output + STATE_SUFFIX), output).path
+
+
 def has_journal(state: Path) -> bool:
-    try:
-        return next(state.glob("journal-*.seg"), None) is not None
-    except OSError as exc:
-        raise LocalIOError(f"{state}: cannot be read: {exc.strerror or exc}") from exc
+    return StateDir(state).has_journal()
 
 
 def file_facts(source: Source) -> FileFacts:

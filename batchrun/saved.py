@@ -14,9 +14,9 @@ import msgspec
 from msgspec import Struct
 
 from batchrun.config import STDIN, InputFormat, JSONValue, OutputFormat, RunConfig
+from batchrun.files import read_regular, write_whole
+from batchrun.state import StateDir
 from batchrun.types import Shape
-
-FILE = "run.json"
 
 
 class Saved(Struct, frozen=True, kw_only=True):
@@ -64,19 +64,16 @@ def save_config(state: Path, config: RunConfig, model: str | None, hosts: list[s
         carry=None if config.carry is None else list(config.carry),
         response_body=config.response_body,
     )
-    temporary = state / f"{FILE}.new"
+    path = StateDir(state).saved_command
     with contextlib.suppress(OSError):
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(saved))
-        temporary.replace(state / FILE)
+        write_whole(path, path.with_name(f"{path.name}.new"), msgspec.json.encode(saved))
 
 
 def read_saved(state: Path) -> Saved | None:
     """What ``save_config`` kept here last, None when there is nothing to read."""
     try:
-        return msgspec.json.decode((state / FILE).read_bytes(), type=Saved)
-    except (OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(read_regular(StateDir(state).saved_command), type=Saved)
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return None
 
 

@@ -29,9 +29,10 @@ from zlib import crc32
 import msgspec
 
 from batchrun import records
-from batchrun.disk import make_durable, opened, sync_directory, write_private
 from batchrun.errors import JournalDamaged, LocalIOError
+from batchrun.files import make_durable, open_regular, opened, sync_directory, write_whole
 from batchrun.slots import KEPT_BYTES, SlotTable
+from batchrun.state import StateDir
 
 FORMAT = 1
 # Larger blocks leave the processor's cache and take longer.
@@ -50,6 +51,12 @@ class Header(msgspec.Struct, frozen=True):
     batchrun_version: str
     settings: Mapping[str, object]
     synthetic: bool
+
+
+class _Format(msgspec.Struct):
+    """What the headers of all formats have."""
+
+    format: object
 
 
 class Recovery(msgspec.Struct, frozen=True):
@@ -116,7 +123,7 @@ class Segment:
         self.number = number
         self.start = start
         self.path = segment_path(state, number)
-        self.fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW)
+        self.fd = open_regular(self.path, os.O_RDONLY)
         self.size = os.fstat(self.fd).st_size
         self.salt = records.salt_of(run_id, number)
         self.gaps: list[Gap] = []
@@ -187,12 +194,12 @@ class Segment:
 
 def replay(state: Path) -> Contents | None:
     """Read the segments of a directory; None when there are none. Changes no segment."""
-    numbers = _segment_numbers(state)
+    numbers = StateDir(state).segments()
     if not numbers:
         return None
     for expected, number in enumerate(numbers, 1):
         if number != expected:
-            raise damaged(segment_path(state, expected), 0)
+            raise _missing(segment_path(state, expected), number)
     header, start = _read_header(segment_path(state, 1))
     contents = _read_table(state, header, len(numbers)) or Contents(header, sizes=[start])
     begun = len(contents.sizes)
@@ -256,8 +263,6 @@ def _fill(fd: int, start: int, end: int, salt: int) -> None:
 # ── the kept table ───────────────────────────────────────────────────────────────────────────────
 
 _TABLE_HEAD = Struct("<4sII")  # magic, length of the head, its checksum
-_TABLE = "journal-table"
-_NEW_TABLE = "journal-table.new"
 _TABLE_MAGIC = b"\xf5BT\x02"
 # Records tell when they were made, so no others in their place end a segment with the same bytes.
 # A long body may say the same again: this is more than most.
@@ -287,23 +292,22 @@ def write_table(state: Path, table: SlotTable, covered: Covered) -> None:
         covered.crc = crc32(column, covered.crc)
     head = msgspec.json.encode(covered)
     start = _TABLE_HEAD.pack(_TABLE_MAGIC, len(head), crc32(head)) + head
-    temporary = state / _NEW_TABLE
-    try:
-        write_private(temporary, start, *columns)
-        temporary.replace(state / _TABLE)
-    finally:
-        _unlink(temporary)
+    write_whole(StateDir(state).table, _new_table(state), start, *columns)
 
 
 def forget_table(state: Path) -> None:
     """Take the kept table away; the segments say all that it does."""
-    if _unlink(state / _TABLE):
+    if _unlink(StateDir(state).table):
         sync_directory(state)
 
 
 def forget_unfinished_table(state: Path) -> None:
     """Take away what a process that was killed while writing a table has left."""
-    _unlink(state / _NEW_TABLE)
+    _unlink(_new_table(state))
+
+
+def _new_table(state: Path) -> Path:
+    return StateDir(state).table.with_suffix(".new")
 
 
 def _unlink(cache: Path) -> bool:
@@ -317,7 +321,7 @@ def _unlink(cache: Path) -> bool:
 def _read_table(state: Path, header: Header, segments: int) -> Contents | None:
     """What was replayed already, up to the last of its ``sizes``; None when there is nothing."""
     try:
-        with (state / _TABLE).open("rb") as file:
+        with open(open_regular(StateDir(state).table, os.O_RDONLY), "rb") as file:
             covered = _read_covered(file)
             if covered is None or covered.run_id != header.run_id:
                 return None
@@ -376,8 +380,8 @@ def ends_of(state: Path, sizes: Sequence[int]) -> int:
     crc = 0
     for number, size in enumerate(sizes, 1):
         start = max(0, size - _END_BYTES)
-        with segment_path(state, number).open("rb", buffering=0) as file:
-            crc = crc32(os.pread(file.fileno(), size - start, start), crc)
+        with opened(segment_path(state, number), os.O_RDONLY) as fd:
+            crc = crc32(os.pread(fd, size - start, start), crc)
     return crc
 
 
@@ -385,19 +389,14 @@ def ends_of(state: Path, sizes: Sequence[int]) -> int:
 
 
 def segment_path(state: Path, number: int) -> Path:
-    return state / f"journal-{number:06d}.seg"
-
-
-def _segment_numbers(state: Path) -> list[int]:
-    names = (path.name for path in state.glob("journal-*.seg"))
-    return sorted(int(digits) for name in names if (digits := name[8:-4]).isdecimal())
+    return StateDir(state).segment(number)
 
 
 def clear(state: Path, dispose: Callable[[Path], object]) -> None:
     """Take all segments away, the last first: a kill leaves a shorter journal, and a whole one."""
     forget_table(state)
     forget_unfinished_table(state)
-    for number in reversed(_segment_numbers(state)):
+    for number in reversed(StateDir(state).segments()):
         segment = segment_path(state, number)
         if (index := segment.with_suffix(".idx")).exists():
             dispose(index)
@@ -407,18 +406,15 @@ def clear(state: Path, dispose: Callable[[Path], object]) -> None:
 def create_first_segment(state: Path, header: Header) -> None:
     """The first segment has its header from the moment it has its name."""
     path = segment_path(state, 1)
-    temporary = path.with_suffix(".new")
-    write_private(
-        temporary, records.frame_of(records.HEADER, msgspec.json.encode(header), 0), durable=True
-    )
-    temporary.replace(path)
+    frame = records.frame_of(records.HEADER, msgspec.json.encode(header), 0)
+    write_whole(path, path.with_suffix(".new"), frame, durable=True)
     sync_directory(state)
     sync_directory(state.parent)
 
 
 def _read_header(path: Path) -> tuple[Header, int]:
     """The header of a journal, and where the frame after it begins."""
-    with path.open("rb") as file:
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(records.FRAME.size)
         end = records.frame_end(head, 0, size)
@@ -430,13 +426,17 @@ def _read_header(path: Path) -> tuple[Header, int]:
     ):
         raise damaged(path, 0)
     payload = frame[records.BODY_AT : end]
-    found = msgspec.json.decode(payload).get("format")
-    if found != FORMAT:
+    try:
+        found = msgspec.json.decode(payload, type=_Format).format
+        if found == FORMAT:
+            return msgspec.json.decode(payload, type=Header), end
+    except (msgspec.MsgspecError, RecursionError) as exc:
+        raise damaged(path, 0) from exc
+    else:
         raise LocalIOError(
             f"{path}: journal format {found}; this batchrun reads format {FORMAT}",
             next_steps=("use the version of batchrun that began this run",),
         )
-    return msgspec.json.decode(payload, type=Header), end
 
 
 def misplaced(path: Path, offset: int) -> JournalDamaged:
@@ -444,7 +444,7 @@ def misplaced(path: Path, offset: int) -> JournalDamaged:
         f"{path}: damaged at byte {offset:,}: the record of another request lies there",
         offset=offset,
         next_steps=(
-            f"remove {path.with_name(_TABLE)}, which is made from the records, "
+            f"remove {StateDir(path.parent).table}, which is made from the records, "
             "then run the same command",
         ),
     )
@@ -454,6 +454,17 @@ def damaged(path: Path, offset: int) -> JournalDamaged:
     return JournalDamaged(
         f"{path}: damaged at byte {offset:,}: a record that was safely on disk is not whole",
         offset=offset,
+        next_steps=(
+            "restore this file from a backup, then run the same command",
+            f"or move {path.parent} away to begin anew: its answers would be asked for again",
+        ),
+    )
+
+
+def _missing(path: Path, next_found: int) -> JournalDamaged:
+    return JournalDamaged(
+        f"{path}: is missing, while {segment_path(path.parent, next_found).name} is there",
+        offset=0,
         next_steps=(
             "restore this file from a backup, then run the same command",
             f"or move {path.parent} away to begin anew: its answers would be asked for again",

@@ -12,22 +12,29 @@ from pathlib import Path
 
 from batchrun import inputs, lock, outputs, plan, prompts
 from batchrun.accounting import OutputTally
-from batchrun.config import STATE_SUFFIX, STDIN, STDOUT, VERSION, OutputFormat, RunConfig
+from batchrun.config import STDIN, STDOUT, VERSION, OutputFormat, RunConfig
 from batchrun.errors import UsageError
 from batchrun.inputs import Batch
 from batchrun.journal import Held, Journal
 from batchrun.outputs import Footer, FooterRows, PublishedRow, Schema, Slice
 from batchrun.prompts import Invalid
 from batchrun.report import BadRowFacts, CollectFacts, StatusFacts, ValidateFacts
-from batchrun.runner import chat_endpoint, file_facts, has_journal, now_utc, prompt_settings
+from batchrun.runner import (
+    chat_endpoint,
+    file_facts,
+    has_journal,
+    now_utc,
+    prompt_settings,
+    state_of,
+)
 from batchrun.saved import Saved, read_saved, restored
 from batchrun.secret import hidden_in_url
 from batchrun.slots import SlotTable
+from batchrun.state import StateDir
 from batchrun.types import RowCounts
 
 SHOWN_BAD_ROWS = 1_000
 PARTIAL_SUFFIX = ".partial"
-STDIN_FILE = "stdin.jsonl"
 
 
 def look(config: RunConfig) -> None:
@@ -80,7 +87,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
 
 def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     """How the run of ``output`` stands: running, stopped or finished. UsageError when none is."""
-    state = _state_of(output, state_dir)
+    state = state_of(output, state_dir)
     holder = lock.holder(state)
     told = lock.read_status(state)
     # A state may outlive the publishing: it keeps answers of rows that are gone from the input.
@@ -149,7 +156,7 @@ def collect(output: str, state_dir: Path | None = None, target: str | None = Non
     The footer of a collected file says ``complete`` false, so no run takes it for its memory.
     """
     target = target or _partial_name(output)
-    state = _state_of(output, state_dir)
+    state = state_of(output, state_dir)
     if target != STDOUT and Path(target).absolute() == Path(output).absolute():
         raise UsageError(f"-o {target}: that is the output itself; name another file")
     book = Journal.peek(state) if has_journal(state) else None
@@ -164,7 +171,7 @@ def collect(output: str, state_dir: Path | None = None, target: str | None = Non
 
 def _collected(output: str, state: Path, target: str, book: Journal, saved: Saved) -> CollectFacts:
     config = restored(saved)
-    spool = state / STDIN_FILE if STDIN in config.inputs else None
+    spool = StateDir(state).spool() if STDIN in config.inputs else None
     files = inputs.resolve(config.inputs, config.input_format, spool=spool, output=Path(output))
     sources = plan.lay_out(files.files, prompt_settings(config), config)
     planned = plan.make_plan(sources, config, book, plan.never_stop)
@@ -260,10 +267,6 @@ async def models(config: RunConfig) -> list[str]:
     """The model names that the endpoint offers to this key."""
     async with chat_endpoint(config) as (endpoint, _):
         return await endpoint.models()
-
-
-def _state_of(output: str, state_dir: Path | None) -> Path:
-    return state_dir or Path(output + STATE_SUFFIX)
 
 
 def _footer(output: str) -> Footer | None:

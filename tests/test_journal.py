@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from batchrun import disk, records
+from batchrun import files, records
 from batchrun import journal as room
 from batchrun import segments as segments_room
 from batchrun.errors import JournalDamaged, LocalIOError
@@ -431,7 +431,9 @@ def test_zeros_in_the_unsynced_window_lose_what_they_cover(
     with opened(state) as journal:
         assert set(untouched) <= set(held_numbers(journal, ROWS))
         found = journal.recovery
-        assert found.cut_bytes + found.hole_bytes >= end - start or found == WHOLE
+        # Zeros over zeros harm nothing.
+        harmed = len(written.bytes[start:end].strip(b"\0"))
+        assert found.cut_bytes + found.hole_bytes >= harmed or found == WHOLE
         settle(journal, 99)
         journal.sync()
     with opened(state) as journal:
@@ -961,7 +963,7 @@ def test_what_a_killed_process_left_is_made_durable_by_the_next(
     names = {path.stat().st_ino: path.name for path in segments(state)}
     assert len(names) > 2
     synced = set()
-    make_durable = disk.make_durable
+    make_durable = files.make_durable
 
     def watched(fd: int) -> None:
         synced.add(names.get(os.fstat(fd).st_ino))
@@ -1054,7 +1056,7 @@ def test_a_full_disk_ends_the_run_and_loses_no_answer(state: Path) -> None:
 
 
 def test_a_full_disk_is_called_so(tmp_path: Path) -> None:
-    error = disk.io_error(tmp_path / "x", "write", OSError(errno.ENOSPC, "No space left"))
+    error = files.io_error(tmp_path / "x", "write", OSError(errno.ENOSPC, "No space left"))
     assert str(error) == f"{tmp_path / 'x'}: cannot write: disk full"
     assert "free some space" in error.next_steps[0]
 

@@ -40,7 +40,8 @@ LAYERS = (
         "mock_replies",
         "options",
     },  # pure logic
-    {"records", "disk"},  # what the files of a state are made of
+    {"records", "files"},  # what the files of a state are made of
+    {"state"},  # where they lie
     {
         "inputs",
         "outputs",

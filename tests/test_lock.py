@@ -144,18 +144,18 @@ def test_a_lock_file_that_was_removed_while_we_opened_it_is_no_lock(
 def test_the_lock_is_held_until_its_file_is_gone(
     state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unlink = Path.unlink
+    unlink = os.unlink
     tried = []
 
-    def unlink_while_another_starts(path: Path, missing_ok: bool = False) -> None:
+    def unlink_while_another_starts(name: str, *, dir_fd: int) -> None:
         with pytest.raises(Locked), lock(state):
             pass
-        tried.append(path.name)
-        unlink(path, missing_ok=missing_ok)
+        tried.append(name)
+        unlink(name, dir_fd=dir_fd)
 
     with lock(state) as held:
         (state / "journal-000001.seg").touch()
-        monkeypatch.setattr(Path, "unlink", unlink_while_another_starts)
+        monkeypatch.setattr(os, "unlink", unlink_while_another_starts)
         held.remove_state()
     assert tried[-1] == "lock"
     assert not state.exists()
@@ -247,18 +247,37 @@ def test_a_directory_of_the_users_keeps_what_is_not_ours(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["out.parquet.batchrun", "given-with-state"])
-def test_the_directory_we_made_goes_whole(tmp_path: Path, name: str) -> None:
+def test_the_directory_we_made_goes_when_nobody_else_uses_it(tmp_path: Path, name: str) -> None:
     state = tmp_path / name
     with lock(state):
         pass
     with lock(state) as held:
         (state / "journal-000001.seg").touch()
-        (state / "anything").mkdir()
-        (state / "anything" / "else").write_text("x")
         held.remove_state()
         assert not state.exists()
-        with lock(state):
-            pass
+    with lock(state) as held:
+        (state / "anything").mkdir()
+        held.remove_state()
+        assert [path.name for path in state.iterdir()] == ["anything"]
+
+
+def test_an_empty_directory_of_the_users_stays(tmp_path: Path) -> None:
+    state = tmp_path / "given-with-state"
+    state.mkdir()
+    with lock(state):
+        pass
+    with lock(state) as held:
+        held.remove_state()
+    assert list(state.iterdir()) == []
+
+
+def test_a_fifo_in_place_of_the_lock_holds_nobody_up(state: Path) -> None:
+    state.mkdir()
+    os.mkfifo(state / "lock")
+    with pytest.raises(LocalIOError, match="not a regular file"), lock(state):
+        pass
+    with pytest.raises(LocalIOError, match="not a regular file"):
+        holder(state)
 
 
 # ── the status file ──────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,126 @@
+"""What outlives the process: files written whole and durable, and the system's errors as ours."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from batchrun.errors import LocalIOError
+
+# A link is not followed, and opening a FIFO or a device does not wait for its other end.
+_CAREFUL = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def open_regular(path: Path, flags: int, mode: int = 0o600, *, dir_fd: int | None = None) -> int:
+    """A descriptor of a regular file; OSError for a link, a FIFO, a directory or a device."""
+    name = path if dir_fd is None else path.name
+    fd = os.open(name, flags | _CAREFUL, mode, dir_fd=dir_fd)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def create(path: Path, mode: int) -> int:
+    """A descriptor of a new file; what a killed process left under its name makes way."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CAREFUL
+    try:
+        return os.open(path, flags, mode)
+    except FileExistsError:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise
+        path.unlink()
+        return os.open(path, flags, mode)
+
+
+def read_regular(path: Path) -> bytes:
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int = os.O_WRONLY) -> Iterator[int]:
+    fd = open_regular(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def make_durable(fd: int) -> None:
+    if sys.platform == "darwin":
+        # Plain fsync there leaves the data in the drive's cache.
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(fd)
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        # Some network file systems cannot sync a directory; their renames need no help.
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def make_private(directory: Path) -> bool:
+    """Whether it had to be made."""
+    try:
+        directory.mkdir(0o700)
+    except FileExistsError:
+        return False
+    return True
+
+
+def write_all(fd: int, *parts: bytes | memoryview) -> None:
+    for part in parts:
+        rest = memoryview(part)
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+
+
+def write_whole(
+    path: Path, temporary: Path, *parts: bytes | memoryview, durable: bool = False
+) -> None:
+    """Put a private file at ``path`` in one step: a reader finds the old one or the new one.
+
+    ``durable`` makes its bytes so; the name is durable when the directory is synced.
+    """
+    fd = create(temporary, 0o600)
+    try:
+        try:
+            write_all(fd, *parts)
+            if durable:
+                make_durable(fd)
+        finally:
+            os.close(fd)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def io_error(path: Path, doing: str, error: OSError) -> LocalIOError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some space, then run the same command: it continues"
+        return LocalIOError(f"{path}: cannot {doing}: disk full", next_steps=(advice,))
+    return LocalIOError(f"{path}: cannot {doing}: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def reporting(path: Path, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise io_error(Path(exc.filename or path), doing, exc) from exc
