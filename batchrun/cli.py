@@ -45,6 +45,7 @@ from batchrun.flags import (
     ROWS,
     STATE,
     TALK,
+    Command,
     Decorator,
     option,
     seconds,
@@ -66,6 +67,8 @@ EXIT_INTERRUPTED = 130
 
 
 class _Commands(click.Group):
+    command_class = Command
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -214,6 +217,7 @@ def status(ctx: click.Context, output: str, state: str | None, json: bool) -> in
 @option(
     "--output",
     "-o",
+    heading="Output",
     metavar="FILE",
     shows="OUTPUT's stem + .partial.parquet",
     help="*.parquet, *.jsonl, or - for lines on stdout.",
@@ -287,7 +291,6 @@ def _knob(*names: str, **more: Any) -> Decorator[Any]:
     "--fault",
     multiple=True,
     metavar="KIND=SHARE",
-    shows="none",
     help="A share of requests that fail, such as 429=0.05 or disconnect=0.01.",
 )
 @_knob("--rpm", type=float, shows="no limit", help="Requests a minute for each model.")
@@ -300,9 +303,9 @@ def _knob(*names: str, **more: Any) -> Decorator[Any]:
 )
 @_knob("--slots", type=int, shows="no limit", help="Requests worked on at a time; others wait.")
 @_knob("--model", "-m", multiple=True, metavar="NAME", shows="any", help="A model there is.")
-@_knob("--require-key-env", metavar="NAME", shows="none", help="Demand the key in this variable.")
+@_knob("--require-key-env", metavar="NAME", help="Demand the key in this variable.")
 @_knob("--completion-tokens", type=int, shows="short", help="Length of every answer.")
-@_knob("--ledger", metavar="FILE", shows="none", help="Append a JSON line for each request.")
+@_knob("--ledger", metavar="FILE", help="Append a JSON line for each request.")
 def mock_server(
     host: str,
     port: int,

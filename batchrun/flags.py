@@ -7,6 +7,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping
 from datetime import time as day_time
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -153,27 +154,75 @@ class _Header(click.types.StringParamType):
         return rv.splitlines()
 
 
+HEADINGS = (
+    "What is sent",
+    "Endpoint and key",
+    "Pace",
+    "Failures",
+    "Output",
+    "State",
+    "Talk",
+    "Options",
+)
+
 Function = TypeVar("Function", bound=Callable[..., object])
 Decorator = Callable[[Function], Function]
 
 
+class Command(click.Command):
+    """A command whose ``--help`` has its options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in HEADINGS}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                heading = param.heading if isinstance(param, _Option) else HEADINGS[-1]
+                sections[heading].append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+class _Option(click.Option):
+    def __init__(self, *args: Any, heading: str, shows: str | None, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.heading = heading
+        self._shows = shows
+
+    def get_help_extra(self, ctx: click.Context) -> click.types.OptionHelpExtra:
+        """The default without the brackets that Click puts around words."""
+        extra = super().get_help_extra(ctx)
+        if self._shows is not None:
+            extra["default"] = self._shows
+        return extra
+
+
 def option(
     *names: str,
+    heading: str = "Options",
     default: object = None,
     shows: str | None = None,
     variable: bool = True,
     **more: Any,
 ) -> Decorator[Any]:
-    """An option with its BATCHRUN_* variable, if it has one, and its default in ``--help``."""
+    """An option with its BATCHRUN_* variable, if it has one, under its heading in ``--help``.
+
+    The default is shown where there is one; ``shows`` says in words what happens without.
+    """
     long = next(name for name in names if name.startswith("--")).removeprefix("--")
     name = long.replace("-", "_")
     if more.get("is_flag"):
-        default, shows = False, shows or "off"
+        default = False
     return click.option(
         *names,
         name,
+        cls=_Option,
+        heading=heading,
+        shows=shows,
         default=default,
-        show_default=shows if shows is not None else True,
+        show_default=default is not None and default is not False,
         envvar=ENV_PREFIX + name.upper() if variable and name not in _NO_VARIABLE else None,
         **more,
     )
@@ -201,52 +250,55 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: str | None) 
 
 FILE_PARAMS = "batchrun.file_params"
 
+_sent = partial(option, heading="What is sent")
+_endpoint = partial(option, heading="Endpoint and key")
+_pace = partial(option, heading="Pace")
+_failures = partial(option, heading="Failures")
+_output = partial(option, heading="Output")
+_state = partial(option, heading="State")
+_talk = partial(option, heading="Talk")
+
 INPUTS = click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 
-CONFIG = option(
+CONFIG = _talk(
     "--config",
     is_eager=True,
     callback=_load_config,
     expose_value=False,
     metavar="FILE.toml",
-    shows="none",
     help="Read options from this file; keys are option names.",
 )
-JSON = option("--json", is_flag=True, help="Print one JSON object on stdout at the end.")
-STATE = option(
+JSON = _talk("--json", is_flag=True, help="Print one JSON object on stdout at the end.")
+STATE = _state(
     "--state", metavar="DIR", shows="OUTPUT.batchrun", help="Where the journal of the run lives."
 )
 
 REQUEST = _stack(
-    option(
+    _sent(
         "--model", "-m", shows="the preset's", help="Model; typed here it replaces the rows' own."
     ),
-    option(
-        "--system", "-s", metavar="TEXT", shows="none", help="System message for rows without one."
-    ),
-    option(
+    _sent("--system", "-s", metavar="TEXT", help="System message for rows without one."),
+    _sent(
         "--param",
         multiple=True,
         metavar="NAME=VALUE",
-        shows="none",
         help="Any field of the request; VALUE is JSON if it parses, else a string.",
     ),
-    option("--temperature", type=float, shows="not sent", help="Same as --param temperature=X."),
-    option("--max-tokens", type=int, shows="not sent", help="Same as --param max_tokens=N."),
-    option(
+    _sent("--temperature", type=float, shows="not sent", help="Same as --param temperature=X."),
+    _sent("--max-tokens", type=int, shows="not sent", help="Same as --param max_tokens=N."),
+    _sent(
         "--shape",
         type=click.Choice(["batch", "messages", "prompt", "body"]),
         shows="detected",
         help="What a row is.",
     ),
-    option("--prompt-column", metavar="NAME", shows="prompt", help="The column with the prompt."),
-    option(
+    _sent("--prompt-column", metavar="NAME", shows="prompt", help="The column with the prompt."),
+    _sent(
         "--body-columns",
         metavar="A,B",
-        shows="none",
         help="More columns to send as fields of the request.",
     ),
-    option(
+    _sent(
         "--input-format",
         type=click.Choice(["jsonl", "parquet"]),
         shows="by suffix",
@@ -255,102 +307,98 @@ REQUEST = _stack(
 )
 
 ENDPOINT = _stack(
-    option(
+    _endpoint(
         "--provider",
         metavar="NAME",
-        shows="none",
         help=f"Preset of URL and key variable: {', '.join(PROVIDERS)}.",
     ),
-    option(
+    _endpoint(
         "--base-url",
         metavar="URL",
         shows=providers.DEFAULT_BASE_URL,
         help="Any compatible endpoint.",
     ),
-    option(
+    _endpoint(
         "--api-key-env",
         metavar="NAME",
         shows="the provider's variable, else BATCHRUN_API_KEY",
         help="The variable that holds the key.",
     ),
-    option("--api-key-file", metavar="FILE", shows="none", help="A file that holds the key."),
-    option("--allow-http", is_flag=True, help="Let a key travel over plain http."),
-    option(
+    _endpoint("--api-key-file", metavar="FILE", help="A file that holds the key."),
+    _endpoint("--allow-http", is_flag=True, help="Let a key travel over plain http."),
+    _endpoint(
         "--header",
         "-H",
         type=_Header(),
         multiple=True,
         metavar="'NAME: VALUE'|@FILE",
-        shows="none",
         help="An extra header, kept secret; @FILE has one on each line.",
     ),
 )
 
-MOCK = option("--mock", is_flag=True, help="Synthetic answers from inside: no key, no network.")
+MOCK = _endpoint("--mock", is_flag=True, help="Synthetic answers from inside: no key, no network.")
 
 DELIVERY = _stack(
-    option("--stream", is_flag=True, help="Ask for server-sent events; records ttft_s."),
-    option(
+    _sent("--stream", is_flag=True, help="Ask for server-sent events; records ttft_s."),
+    _pace(
         "--concurrency",
         "-c",
         type=_number_or_auto,
         metavar="N|auto",
-        shows="auto: found while running, up to 512",
+        shows="auto, found while running, up to 512",
         help="Requests in flight, at most.",
     ),
-    option("--rpm", type=float, shows="what headers say", help="Requests a minute, at most."),
-    option("--tpm", type=float, shows="what headers say", help="Tokens a minute, at most."),
-    option(
+    _pace("--rpm", type=float, shows="what headers say", help="Requests a minute, at most."),
+    _pace("--tpm", type=float, shows="what headers say", help="Tokens a minute, at most."),
+    _failures(
         "--max-retries",
         type=int,
         default=DEFAULTS.max_retries,
-        help="For passing failures; waiting out a rate limit does not count.",
+        help="After temporary failures; waiting out a rate limit does not count.",
     ),
-    option(
+    _failures(
         "--max-in-doubt-retries",
         type=int,
         default=DEFAULTS.max_in_doubt_retries,
         help="Of those, after attempts that may have been billed, over all runs.",
     ),
-    option(
+    _pace(
         "--timeout",
         type=seconds,
         metavar="SECONDS",
         default="600",
         help="One attempt, after connecting.",
     ),
-    option(
+    _pace(
         "--connect-timeout",
         type=seconds,
         metavar="SECONDS",
         default="10",
         help="DNS, TCP and TLS.",
     ),
-    option(
+    _pace(
         "--max-wait",
         type=seconds,
         metavar="SECONDS",
         default="600",
         help="Longest rate-limit wait; then exit 75.",
     ),
-    option(
+    _pace(
         "--max-outage",
         type=seconds,
         metavar="SECONDS",
         default="600",
         help="Longest time without success; then 75.",
     ),
-    option(
-        "--deadline", metavar="2h|06:00", shows="none", help="Start no request after this; then 75."
-    ),
-    option(
+    _pace("--deadline", metavar="2h|06:00", help="Start no request after this; then 75."),
+    _pace(
         "--drain",
         type=seconds,
         metavar="SECONDS",
         default="25",
         help="Wait for answers in flight at an early end.",
     ),
-    option(
+    _failures(
         "--abort-after",
         type=int,
         default=DEFAULTS.abort_after,
@@ -359,16 +407,18 @@ DELIVERY = _stack(
 )
 
 ROWS = _stack(
-    option("--limit", "-n", type=int, shows="all", help="Only the first N rows."),
-    option("--retry-failed", is_flag=True, help="Also send rejected rows again."),
-    option("--overwrite", is_flag=True, help="Replace an output made otherwise; keeps it as .bak."),
-    option(
+    _sent("--limit", "-n", type=int, shows="all", help="Only the first N rows."),
+    _failures("--retry-failed", is_flag=True, help="Also send rejected rows again."),
+    _output(
+        "--overwrite", is_flag=True, help="Replace an output made otherwise; keeps it as .bak."
+    ),
+    _failures(
         "--allow-failures",
         metavar="N|P%",
         default=str(DEFAULTS.allow_failures),
         help="So many failed rows still exit 0.",
     ),
-    option(
+    _state(
         "--if-locked",
         type=click.Choice(["fail", "wait", "skip"]),
         default=DEFAULTS.if_locked,
@@ -377,26 +427,26 @@ ROWS = _stack(
 )
 
 OUTPUT = _stack(
-    option(
+    _output(
         "--output",
         "-o",
         metavar="FILE",
         shows="INPUT.results.parquet",
         help="*.parquet, *.jsonl, or - for lines on stdout.",
     ),
-    option(
+    _output(
         "--carry",
         metavar="all|none|A,B",
         default="all",
         help="Input columns that the output keeps.",
     ),
-    option("--no-response-body", is_flag=True, help="Leave out the column response_body."),
+    _output("--no-response-body", is_flag=True, help="Leave out the column response_body."),
 )
 
 TALK = _stack(
-    option("--quiet", "-q", is_flag=True, help="Nothing on success; else the final block only."),
-    option("--verbose", "-v", is_flag=True, help="Also show how the limits move."),
+    _talk("--quiet", "-q", is_flag=True, help="Nothing on success; else the final block only."),
+    _talk("--verbose", "-v", is_flag=True, help="Also show how the limits move."),
     JSON,
-    option("--log-file", metavar="FILE", shows="none", help="Append a line a minute, and notes."),
+    _talk("--log-file", metavar="FILE", help="Append a line a minute, and notes."),
     CONFIG,
 )

@@ -532,7 +532,9 @@ def test_json_of_a_command_that_never_began(error: BaseException, state: str, co
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.04, "0.0 s"),
+        (0.04, "0 s"),
+        (5.0, "5 s"),
+        (0.42, "0.4 s"),
         (9.96, "10 s"),
         (38, "38 s"),
         (59.7, "1 min"),
