@@ -65,7 +65,7 @@ HELP_WIDTH = 100  # as wide as the help itself goes
 BAR = "% |"
 SIGNALS = {129, 130, 143}
 # Options of tools other than batchrun that are typed.
-FOREIGN_OPTIONS = {"--now"}
+FOREIGN_OPTIONS = {"--group", "--now"}
 # What ends in these needs a person: the same command would only end so again.
 FINAL = {
     errors.EXIT_BUG,
