@@ -165,6 +165,8 @@ class Assembler:
                 self._dispatch()
         elif name == b"error":
             self._error = {"message": data.decode("utf-8", "replace")}
+        elif self._saw_done:
+            return
         elif _is_utf8(data):
             self._is_unreadable = True
         else:
@@ -175,6 +177,9 @@ class Assembler:
             self._error = error
         for name, value in chunk.items():
             if name == "choices":
+                # After the end comes usage, on some servers; text there belongs to nobody.
+                if self._saw_done:
+                    continue
                 for position, piece in enumerate(_objects(value)):
                     self._choice(piece, position)
             elif name == "usage":

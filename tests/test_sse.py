@@ -230,6 +230,11 @@ def test_a_cut_after_the_finish_loses_no_text() -> None:
     assert completion(stream)["choices"][0]["message"]["content"] == "whole"
 
 
+@pytest.mark.parametrize("after", [chunk({"content": "zzz"}), chunk({}, "length"), b"data: ??\n\n"])
+def test_what_follows_the_end_is_no_part_of_the_answer(after: bytes) -> None:
+    assert completion(HELLO + after) == completion(HELLO)
+
+
 def test_done_tells_while_the_stream_runs() -> None:
     assembler = Assembler(limit_bytes=MB)
     assembler.feed(chunk({"content": "a"}))
