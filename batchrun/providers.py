@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 
 from batchrun.errors import NoKey, UsageError
 from batchrun.secret import Secret, hidden_in_url
@@ -125,7 +126,7 @@ def resolve(
     demanded = is_default or any(p is not None and p.key_env for p in (owner, preset))
     if key is None and not own_auth and demanded:
         raise _no_key(base, _netloc(url), owner, environ)
-    in_the_clear = parts.scheme == "http" and not _is_loopback(hostname)
+    in_the_clear = parts.scheme == "http" and not is_loopback(hostname)
     if (key is not None or own_auth) and in_the_clear and not allow_http:
         raise UsageError(
             f"{base} is plain http: the key would cross the network in the clear",
@@ -146,13 +147,7 @@ def chat_url(base_url: str) -> str:
             f"--base-url {text}: say http:// or https:// in front",
             next_steps=(f"--base-url {_likely_scheme(text)}://{text}",),
         )
-    parts = urlsplit(text)
-    try:
-        port_ok = parts.port is None or parts.port >= 0
-    except ValueError:
-        port_ok = False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_ok:
-        raise UsageError(f"--base-url {_without_userinfo(text)}: not an http or https URL")
+    parts = _split(text)
     if parts.username is not None or parts.password is not None:
         raise UsageError(
             "--base-url holds a user name or password; put a key in a variable and name it",
@@ -161,12 +156,69 @@ def chat_url(base_url: str) -> str:
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path = (path or "/v1") + "/chat/completions"
-    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+    return urlunsplit((parts.scheme, _sent_netloc(parts), _quoted(path), _quoted(parts.query), ""))
+
+
+def _split(text: str) -> SplitResult:
+    """The parts of a URL that can work; UsageError for any other."""
+    shown = _without_userinfo(text)
+    try:
+        parts = urlsplit(text)
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:
+        raise UsageError(f"--base-url {shown}: not an http or https URL") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or not has_port:
+        raise UsageError(f"--base-url {shown}: not an http or https URL")
+    if not _is_host(parts.hostname):
+        raise UsageError(f"--base-url {shown}: {parts.hostname!r} is no host name")
+    return parts
+
+
+def _is_host(hostname: str) -> bool:
+    if ":" in hostname:
+        return _is_ipv6(hostname)
+    try:
+        labels = _ascii_host(hostname).removesuffix(".").split(".")
+    except UnicodeError:
+        return False
+    return all(0 < len(label) <= 63 and _HOST_LABEL.fullmatch(label) for label in labels)
+
+
+# Underscores are no host name's, but containers have them.
+_HOST_LABEL = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def _is_ipv6(hostname: str) -> bool:
+    try:
+        ipaddress.IPv6Address(hostname)
+    except ValueError:
+        return False
+    return True
+
+
+def _ascii_host(hostname: str) -> str:
+    """A host name as resolvers and certificates know it; UnicodeError when it cannot be one."""
+    return hostname if hostname.isascii() else hostname.encode("idna").decode("ascii")
+
+
+def _sent_netloc(parts: SplitResult) -> str:
+    if parts.netloc.isascii():
+        return parts.netloc
+    port = f":{parts.port}" if parts.port is not None else ""
+    return _ascii_host(parts.hostname or "") + port
+
+
+def _quoted(text: str) -> str:
+    """``text`` with what no URL may hold percent-encoded, and what is encoded left as it is."""
+    return quote(text, safe="%/:?#[]@!$&'()*+,;=~")
 
 
 def _likely_scheme(text: str) -> str:
-    host = urlsplit(f"//{text}").hostname or ""
-    return "http" if _is_loopback(host) else "https"
+    try:
+        host = urlsplit(f"//{text}").hostname or ""
+    except ValueError:
+        host = ""
+    return "http" if is_loopback(host) else "https"
 
 
 def provider_of(url: str) -> Provider | None:
@@ -282,7 +334,8 @@ def _no_key(base: str, host: str, owner: Provider | None, environ: Mapping[str, 
     )
 
 
-def _is_loopback(hostname: str) -> bool:
+def is_loopback(hostname: str) -> bool:
+    """Whether what goes to this host stays on this machine."""
     if hostname == "localhost" or hostname.endswith(".localhost"):
         return True
     try:

@@ -44,6 +44,10 @@ def resolved(environ: Mapping[str, str] | None = None, **given: Any) -> Endpoint
         ("https://api.Mistral.com/v1", "https://api.Mistral.com/v1/chat/completions"),
         ("http://[::1]:8000", "http://[::1]:8000/v1/chat/completions"),
         (" https://h/v1#part ", "https://h/v1/chat/completions"),
+        ("https://h/größe/v1", "https://h/gr%C3%B6%C3%9Fe/v1/chat/completions"),
+        ("https://h/a b/v1?q=ä%20", "https://h/a%20b/v1/chat/completions?q=%C3%A4%20"),
+        ("https://bücher.example:8443", "https://xn--bcher-kva.example:8443/v1/chat/completions"),
+        ("http://my_model.svc.", "http://my_model.svc./v1/chat/completions"),
     ],
 )
 def test_every_way_of_writing_the_base_url(given: str, url: str) -> None:
@@ -51,7 +55,12 @@ def test_every_way_of_writing_the_base_url(given: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["h", "ftp://h/v1", "https://", "http://h:port", "https://user:pw@h/v1"]
+    "given",
+    [
+        *("h", "ftp://h/v1", "https://", "http://h:port", "http://h:0", "https://user:pw@h/v1"),
+        *("http://[::1/v1", "[::1", "http://[::g]/v1", "http://[user:pw@h/v1", "http://h h/v1"),
+        *("http://api..example.com", "http://.example", "http://" + "a" * 64, "http://ü..example"),
+    ],
 )
 def test_a_base_url_that_cannot_work_is_said_without_its_password(given: str) -> None:
     with pytest.raises(UsageError) as caught:
