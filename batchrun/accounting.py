@@ -191,6 +191,12 @@ class RunTally:
         self.in_doubt += decision.in_doubt
         self.rate_limited += decision.kind == "rate_limit"
 
+    def resent(self, times: int) -> None:
+        """Count attempts that went again at once, their connection having been dead already."""
+        self.unsuccessful_attempts += times
+        self.retries += times
+        self.in_doubt += times
+
     def withdrawn(self) -> None:
         """Count an attempt cut off in flight: it may be billed, and its row stays pending."""
         self.unsuccessful_attempts += 1

@@ -250,6 +250,7 @@ def _reply(completion: _Completion, error: ErrorBody | None) -> Reply:
         completion.model,
         _usage_in(completion),
         error,
+        choice.message is not None,
     )
 
 

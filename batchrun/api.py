@@ -256,6 +256,9 @@ class _Session:
         self._give(result_of(self._ids.pop(request.row), outcome))
         self._room.set()
 
+    def resent(self, times: int) -> None:
+        """Each row tells its attempts itself."""
+
     def abandoned(self, request: Request) -> None:
         """Its row is simply not among the results."""
 

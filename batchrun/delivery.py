@@ -243,6 +243,9 @@ class _Desk:
         if may_compare and not self._ever_ok:
             self._compare(request.slot, decision)
 
+    def resent(self, times: int) -> None:
+        self.tally.resent(times)
+
     def abandoned(self, request: Request) -> None:
         # The SENT record without an end says so in the journal.
         self.tally.withdrawn()

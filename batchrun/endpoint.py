@@ -2,7 +2,7 @@
 
 Nothing here judges: whatever the network does becomes an Attempt, and ``retry`` says what it means.
 The traps of the library are designed out once, in ``_session``: no redirects, no cookies, no netrc,
-no connection limit that would count as time, explicit timeouts, our own bounded decompression.
+explicit timeouts, our own bounded decompression; ``connections`` and ``deadlines`` do the rest.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Self
-from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]  # not in its stubs
+from typing import Any, ClassVar, NamedTuple, Self
 
 import aiohttp
 import msgspec
@@ -29,8 +27,11 @@ from yarl import URL
 
 from batchrun import answers, secret
 from batchrun.config import VERSION
+from batchrun.connections import TRIP, Connector, Trip
+from batchrun.deadlines import Deadlines
 from batchrun.errors import EndpointRefused, StoppedEarly
 from batchrun.providers import Endpoint
+from batchrun.proxies import proxy_for
 from batchrun.secret import Scrubber, Secret
 from batchrun.sse import Assembler
 from batchrun.types import Attempt, Failure, Reply, Request
@@ -47,8 +48,6 @@ PIECE_COST_BYTES = 64
 READ_AHEAD_BYTES = 16 * 2**10
 # Read, unpacked and asked for at a time, once a reply is no usual one.
 STEP_BYTES = 64 * 2**10
-# vLLM and uvicorn close idle connections after 5 s; reusing one they just closed loses the request.
-KEEPALIVE_S = 4.0
 # A stream that is silent this long is dead, whatever the attempt's own time.
 STREAM_SILENCE_S = 120.0
 # What may still follow once every choice has its finish: usage, [DONE], the last chunk.
@@ -79,10 +78,10 @@ class ChatEndpoint:
         self._endpoint = endpoint
         self._url = URL(endpoint.url, encoded=True)
         self._headers = _headers(endpoint.key, headers)
-        self._timeout_s = timeout_s
-        self._space = _Space(connect_timeout_s + timeout_s)
+        self._space = _Space()
+        self._deadlines = Deadlines(timeout_s)
         self._timeout = aiohttp.ClientTimeout(
-            total=connect_timeout_s + timeout_s,
+            total=None,  # its clock goes on while this process is stopped
             connect=connect_timeout_s,
             sock_connect=connect_timeout_s,
             sock_read=None,
@@ -94,10 +93,11 @@ class ChatEndpoint:
         self._scrubber = Scrubber(keys, [value for _, value in headers])
 
     async def __aenter__(self) -> Self:
-        self._session = self._new_session(lean=self._is_lean)
+        self._connector = Connector()
+        self._session = self._new_session(self._connector, lean=self._is_lean)
         return self
 
-    def _new_session(self, *, lean: bool) -> aiohttp.ClientSession:
+    def _new_session(self, connector: Connector, *, lean: bool) -> aiohttp.ClientSession:
         """``lean`` sends chat completions and nothing else, for a fifth less CPU."""
         more: dict[str, Any] = {}
         if lean:
@@ -106,12 +106,7 @@ class ChatEndpoint:
             more = {"request_class": type("_Request", (_ChatRequest,), own)}
         # No default headers: aiohttp would send those to the proxy too, the key among them.
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0,  # waiting for a pool place would count as the attempt's time
-                keepalive_timeout=KEEPALIVE_S,
-                ttl_dns_cache=60,
-                socket_factory=_keepalive_socket,
-            ),
+            connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=self._timeout,
             auto_decompress=False,
@@ -136,23 +131,44 @@ class ChatEndpoint:
         A reply is parsed by its Content-Type, whatever was asked for. Only cancellation raises.
         """
         started_s = time.monotonic()
+        tried = await self._try(request, started_s, wants_new=False)
+        if not tried.goes_again:
+            return tried.attempt
+        again = await self._try(request, started_s, wants_new=True)
+        # What never left, or was not understood as a request, was no attempt.
+        resent = int(tried.attempt.failure == "disconnected")
+        return msgspec.structs.replace(again.attempt, resent=resent)
+
+    async def _try(self, request: Request, started_s: float, *, wants_new: bool) -> _Tried:
+        response: aiohttp.ClientResponse | None = None
         try:
-            response = await self._session.post(
+            async with asyncio.timeout(None) as limit:
+                trip = Trip(limit, self._deadlines, wants_new=wants_new)
+                TRIP.set(trip)
+                try:
+                    response = await self._post(request.body)
+                    attempt = await self._read(response, started_s)
+                finally:
+                    self._deadlines.end(limit)
+                    # A connection whose reply was not read to its end must not be used again.
+                    if response is not None and not response.content.at_eof():
+                        response.close()
+        except (aiohttp.ClientError, OSError) as exc:
+            attempt = self._failed(exc, started_s, response, left=trip.left)
+            is_lost = response is None and _is_loss(exc) and self._connector.lost(trip, exc)
+            return _Tried(attempt, is_lost and not wants_new)
+        return _Tried(attempt, _was_for_nobody(attempt, trip) and not wants_new)
+
+    async def _post(self, body: bytes) -> aiohttp.ClientResponse:
+        try:
+            return await self._session.post(
                 self._url,
-                data=self._content(request.body),
+                data=self._content(body),
                 headers=None if self._is_lean else self._headers,
                 allow_redirects=False,
             )
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            return self._failed(exc, started_s)
-        try:
-            return await self._read(response, started_s)
-        except (aiohttp.ClientError, OSError) as exc:
-            return self._failed(exc, started_s, response)
-        finally:
-            # A connection whose reply was not read to its end must not be used again.
-            if not response.content.at_eof():
-                response.close()
+        except ValueError as exc:
+            raise _Unsendable(type(exc).__name__) from exc
 
     def _content(self, body: bytes) -> bytes | io.BytesIO:
         return body if self._is_lean or len(body) <= LARGE_BODY_BYTES else io.BytesIO(body)
@@ -163,12 +179,16 @@ class ChatEndpoint:
         url = URL(self._endpoint.models_url, encoded=True)
         try:
             async with (
-                self._new_session(lean=False) as session,
-                session.get(url, headers=self._headers, allow_redirects=False) as response,
+                asyncio.timeout(None) as limit,
+                self._new_session(Connector(), lean=False) as session,
             ):
-                body = await _whole(response, self._space, time.monotonic())
+                TRIP.set(Trip(limit, self._deadlines))
+                async with session.get(
+                    url, headers=self._headers, allow_redirects=False
+                ) as response:
+                    body = await _whole(response, self._space)
         except (aiohttp.ClientError, OSError, ValueError) as exc:
-            failure, detail, _ = _explain(exc)
+            failure, detail, _ = self._explained(exc)
             stopped = EndpointRefused if failure in ("tls", "no_host") else StoppedEarly
             raise stopped(f"cannot ask {host} for its models: {self.scrub(detail)}") from exc
         if response.status != 200:
@@ -198,10 +218,10 @@ class ChatEndpoint:
         failure: Failure | None = None
         if response.content_type == "text/event-stream":
             stream = Assembler(limit_bytes=MAX_BODY_BYTES)
-            ttft_s = await _follow(response, stream, self._space, started_s)
+            ttft_s = await _follow(response, stream, self._space, self._deadlines, started_s)
             body, failure = stream.body(), stream.problem
         else:
-            body = await _whole(response, self._space, started_s)
+            body = await _whole(response, self._space)
         if failure is None and not body.isascii() and not _is_utf8(body):
             failure = "not_utf8"
         reply = _parsed(body)
@@ -228,11 +248,13 @@ class ChatEndpoint:
         self,
         exc: Exception,
         started_s: float,
-        response: aiohttp.ClientResponse | None = None,
+        response: aiohttp.ClientResponse | None,
+        *,
+        left: bool,
     ) -> Attempt:
-        failure, detail, sent = _explain(exc)
-        if failure == "timeout":
-            detail = f"no answer within {self._timeout_s:g} s"
+        failure, detail, sent = self._explained(exc)
+        if sent and not left:
+            failure, detail, sent = "connect", "the connection ended as soon as it was made", False
         return Attempt(
             status=response.status if response is not None else None,
             headers=self._scrubbed(response) if response is not None else {},
@@ -244,6 +266,33 @@ class ChatEndpoint:
             detail=self.scrub(detail),
             sent=sent or response is not None,
         )
+
+    def _explained(self, exc: Exception) -> tuple[Failure, str, bool]:
+        """As ``_explain``; what is said of a name or a time is this endpoint's."""
+        failure, detail, sent = _explain(exc)
+        if failure == "timeout" and not isinstance(exc, _Silent):
+            detail = f"no answer within {self._deadlines.allowed_s:g} s"
+        if failure == "no_host" and self._proxy is not None:
+            failure, detail = "proxy", f"the proxy's name is unknown ({detail})"
+        return failure, detail, sent
+
+
+class _Tried(NamedTuple):
+    attempt: Attempt
+    goes_again: bool  # on a new connection: this one had been given up before the request came
+
+
+def _was_for_nobody(attempt: Attempt, trip: Trip) -> bool:
+    """A server that closes an idle connection may say so, just when a request is on its way."""
+    is_closing = "close" in attempt.headers.get("Connection", "").lower()
+    return attempt.status == 408 and is_closing and trip.was_reused and trip.is_early
+
+
+def _is_loss(exc: Exception) -> bool:
+    """The connection ended under the request, and nothing else went wrong."""
+    if isinstance(exc, aiohttp.ClientConnectorError | TimeoutError):
+        return False
+    return isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
 
 
 def _is_utf8(body: bytes) -> bool:
@@ -297,7 +346,8 @@ class _ChatRequest(aiohttp.ClientRequest):
         if protocol is None or transport is None or transport.is_closing():
             raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
         content = self._content
-        self.departures.add(transport, b"%b%d\r\n\r\n%b" % (self.head, len(content), content))
+        request = b"%b%d\r\n\r\n%b" % (self.head, len(content), content)
+        self.departures.add(transport, request, TRIP.get())
         protocol.start_timeout()
         return self.response_class(
             self.method,
@@ -321,21 +371,24 @@ class _Departures:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[asyncio.Transport, bytes]] = []
+        self._waiting: list[tuple[asyncio.Transport, bytes, Trip]] = []
 
-    def add(self, transport: asyncio.Transport, request: bytes) -> None:
+    def add(self, transport: asyncio.Transport, request: bytes, trip: Trip) -> None:
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._leave)
-        self._waiting.append((transport, request))
+        trip.left = False
+        self._waiting.append((transport, request, trip))
         if len(self._waiting) >= MOST_TOGETHER:
             self._leave()
 
     def _leave(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for transport, request in waiting:
+        for transport, request, trip in waiting:
             # Closed meanwhile: cancelled, or by the peer. Whoever waits for the reply learns it.
             if not transport.is_closing():
                 transport.write(request)
+                # Where the first byte could not go, the transport closes at once.
+                trip.left = not transport.is_closing()
 
 
 class _Written:
@@ -363,6 +416,14 @@ class _BadEncoding(aiohttp.ClientError):
     """The content-encoding does not decode."""
 
 
+class _Unsendable(aiohttp.ClientError):
+    """aiohttp would not make a request of it."""
+
+
+class _Silent(aiohttp.ClientError, TimeoutError):
+    """A stream said nothing for STREAM_SILENCE_S."""
+
+
 def _explain(exc: Exception) -> tuple[Failure, str, bool]:
     """(failure, detail, may a byte have been sent) of whatever aiohttp raised.
 
@@ -371,6 +432,10 @@ def _explain(exc: Exception) -> tuple[Failure, str, bool]:
     match exc:
         case _TooLarge():
             return "too_large", f"the reply is larger than {MAX_BODY_BYTES >> 20} MB", True
+        case _Unsendable():
+            return "bad_header", f"the request cannot be sent: {exc}", False
+        case _Silent():
+            return "timeout", f"the stream said nothing for {STREAM_SILENCE_S:g} s", True
         case _BadEncoding():
             return "bad_encoding", "the reply's compression does not decode", True
         case aiohttp.ClientConnectorCertificateError():
@@ -383,9 +448,11 @@ def _explain(exc: Exception) -> tuple[Failure, str, bool]:
                 return "no_host", f"no such host: {name}", False
             return "dns", f"cannot look up {name}: {exc.os_error.strerror}", False
         case aiohttp.ClientProxyConnectionError():
-            return "proxy", f"cannot reach the proxy: {exc.os_error.strerror}", False
+            return "connect", f"cannot reach the proxy: {_os_reason(exc.os_error)}", False
         case aiohttp.ClientHttpProxyError():
-            return "proxy", f"the proxy answered {exc.status} {exc.message}", False
+            # Only a proxy that wants to know who asks will say the same tomorrow.
+            failure: Failure = "proxy" if exc.status == 407 else "connect"
+            return failure, f"the proxy answered {exc.status} {exc.message}".rstrip(), False
         case aiohttp.ClientConnectorError():
             return "connect", f"cannot connect: {_os_reason(exc.os_error)}", False
         case aiohttp.ConnectionTimeoutError():
@@ -396,8 +463,6 @@ def _explain(exc: Exception) -> tuple[Failure, str, bool]:
             return "cut", "the reply was cut short", True
         case aiohttp.ClientResponseError():
             return "bad_header", "the reply's head cannot be read (a header too long?)", True
-        case ValueError():
-            return "bad_header", f"the request cannot be sent: {type(exc).__name__}", False
     return "disconnected", "the connection was closed before the reply was whole", True
 
 
@@ -422,8 +487,7 @@ class _Space:
     everything waits for nobody, so the line always moves.
     """
 
-    def __init__(self, attempt_s: float) -> None:
-        self.attempt_s = attempt_s
+    def __init__(self) -> None:
         self.free_bytes = SHARED_BYTES
         self.largest: _Share | None = None  # the one that need not wait
         self.freed = asyncio.Event()
@@ -432,10 +496,9 @@ class _Space:
 class _Share:
     """What one reply holds of a space; use with ``with``."""
 
-    def __init__(self, space: _Space, started_s: float) -> None:
+    def __init__(self, space: _Space) -> None:
         self.bytes = OWN_BYTES
         self._space = space
-        self._until_s = started_s + space.attempt_s
         self._taken_bytes = 0
 
     def __enter__(self) -> Self:
@@ -455,14 +518,13 @@ class _Share:
             space.freed.set()
 
     async def grow(self, size_bytes: int) -> None:
-        """Wait until the reply may hold so much; TimeoutError when its time is over."""
+        """Wait until the reply may hold so much, or until its attempt's time is over."""
         if size_bytes > MAX_BODY_BYTES:
             raise _TooLarge
         wanted_bytes = min(size_bytes + STEP_BYTES, MAX_BODY_BYTES)
         while not self._take(wanted_bytes - self.bytes):
             self._space.freed.clear()
-            async with asyncio.timeout(self._until_s - time.monotonic()):
-                await self._space.freed.wait()
+            await self._space.freed.wait()
         self.bytes = wanted_bytes
 
     def _take(self, more_bytes: int) -> bool:
@@ -479,7 +541,7 @@ class _Share:
         return False
 
 
-async def _whole(response: aiohttp.ClientResponse, space: _Space, started_s: float) -> bytes:
+async def _whole(response: aiohttp.ClientResponse, space: _Space) -> bytes:
     """The decompressed body, or _TooLarge as soon as it is too large."""
     content = response.content
     body = await content.readany()
@@ -487,7 +549,7 @@ async def _whole(response: aiohttp.ClientResponse, space: _Space, started_s: flo
     # One read is the usual case: the whole reply was there, no copy is needed.
     if encoding is None and content.at_eof():
         return body
-    with _Share(space, started_s) as share:
+    with _Share(space) as share:
         if not content.at_eof():
             body = await _read_on(content, body, share)
         return body if encoding is None else await _decompressed(body, encoding, share)
@@ -527,17 +589,20 @@ async def _decompressed(packed: bytes, encoding: str, share: _Share) -> bytes:
 
 
 async def _follow(
-    response: aiohttp.ClientResponse, stream: Assembler, space: _Space, started_s: float
+    response: aiohttp.ClientResponse,
+    stream: Assembler,
+    space: _Space,
+    deadlines: Deadlines,
+    started_s: float,
 ) -> float | None:
     """Feed the stream to its end; seconds from the request to its first token."""
     ttft_s: float | None = None
     content = response.content
     inflate: zlib._Decompress | None = None
     encoding = response.headers.get("Content-Encoding")
-    with _Share(space, started_s) as share:
+    with _Share(space) as share:
         while not stream.done:
-            async with asyncio.timeout(STREAM_SILENCE_S):
-                chunk = await content.read(STEP_BYTES)
+            chunk = await _next_piece(content, STREAM_SILENCE_S, deadlines)
             if not chunk:
                 break
             if encoding is not None:
@@ -547,12 +612,26 @@ async def _follow(
                 ttft_s = time.monotonic() - started_s
         # The usage often comes after the finish, and with the last chunk read the connection lives
         # on; an answer that has its finish does not depend on either.
-        with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+        with contextlib.suppress(aiohttp.ClientError, OSError):
             async with asyncio.timeout(STREAM_TAIL_S):
                 while chunk := await content.read(STEP_BYTES):
                     await _feed(stream, inflate, chunk, share)
         stream.close()
     return ttft_s
+
+
+async def _next_piece(
+    content: aiohttp.StreamReader, silence_s: float, deadlines: Deadlines
+) -> bytes:
+    """What comes next of a stream; _Silent when nothing does while this process runs."""
+    while True:
+        lost_s = deadlines.lost_s
+        try:
+            async with asyncio.timeout(silence_s):
+                return await content.read(STEP_BYTES)
+        except TimeoutError:
+            if deadlines.lost_s == lost_s:
+                raise _Silent from None
 
 
 async def _feed(
@@ -608,31 +687,3 @@ def _headers(key: Secret | None, extra: Sequence[tuple[str, Secret]]) -> Mapping
     given = {name.lower() for name, _ in extra}
     headers = {name: value for name, value in headers.items() if name.lower() not in given}
     return headers | {name: value.reveal() for name, value in extra}
-
-
-def proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for ``url``, by curl's variables."""
-    parts = urlsplit(url)
-    proxies = getproxies_environment()
-    if proxy_bypass_environment(parts.netloc, proxies):
-        return None
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if proxy and "://" not in proxy:
-        proxy = f"http://{proxy}"
-    return proxy
-
-
-def _keepalive_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    # Middleboxes forget silent connections after 60-350 s; without probes we would wait for ever.
-    family, kind, proto, _, _ = address
-    sock = socket.socket(family=family, type=kind, proto=proto)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    idle = getattr(socket, "TCP_KEEPIDLE", None) or getattr(socket, "TCP_KEEPALIVE", None)
-    for option, value in (
-        (idle, 60),
-        (getattr(socket, "TCP_KEEPINTVL", None), 60),
-        (getattr(socket, "TCP_KEEPCNT", None), 5),
-    ):
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    return sock

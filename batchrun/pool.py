@@ -57,6 +57,9 @@ class Desk(Protocol):
     def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
         """The row has its outcome."""
 
+    def resent(self, times: int) -> None:
+        """An attempt had gone out before, on connections that were dead already."""
+
     def abandoned(self, request: Request) -> None:
         """An attempt was cut off in flight: whether it was billed is in doubt."""
 
@@ -76,6 +79,9 @@ class Persistence(Protocol):
 
     def after(self, request: Request, decision: Decision) -> Verdict:
         """How a row goes on after a failed attempt; forgets it when it ends."""
+
+    def resent(self, request: Request, times: int) -> None:
+        """Count attempts that went again at once, outside every budget."""
 
     def settle(self, request: Request) -> Tries | None:
         """All attempts of a row that now has its answer; None when this was the first."""
@@ -325,6 +331,9 @@ class Pool:
 
     def _conclude(self, request: Request, attempt: Attempt) -> None:
         decision = self._judge(attempt, request)
+        if attempt.resent:
+            self._persistence.resent(request, attempt.resent)
+            self._desk.resent(attempt.resent)
         window = self._admission.window
         self._admission.done(request, attempt, decision, attempt.ended_s)
         if decision.kind == "ok":

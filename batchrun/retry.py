@@ -75,6 +75,7 @@ def classify(attempt: Attempt, request: Request) -> Decision:
         reply is not None
         and reply.finish_reason in _FINISHED
         and reply.choices
+        and reply.has_message
         and attempt.status == 200
         and reply.error is None
         and attempt.failure is None
@@ -104,6 +105,8 @@ _INTERRUPTED: Final = frozenset(("error", "abort", "aborted", "insufficient_syst
 def _judge_completion(reply: Reply) -> Decision:
     if not reply.choices:
         return _unusable("no_choices", "answered 200 without any choices")
+    if not reply.has_message:
+        return _unusable("no_message", "answered 200 with a choice that has no message")
     finish = reply.finish_reason
     if finish is None:
         # Ollama and imitations leave it null on whole answers; without content it is a torn one.
@@ -738,6 +741,7 @@ class Tally(Struct):
     refusals: int = 0  # rate limits
     passed_over: int = 0  # of them, while others of its model got through
     answered: int = 0  # of its model, when it was last refused
+    resent: int = 0  # of the attempts, those that went again at once
 
 
 class Wait(Struct, frozen=True):
@@ -833,7 +837,7 @@ class Persistence:
         tally = self._tallies.pop(request.row, None) or Tally(in_doubt=request.in_doubt)
         others_succeed = decision.kind == "rate_limit" and self._others_succeed(request, tally)
         step = self._policy.next(tally, decision, others_succeed=others_succeed)
-        tries = Tries(tally.attempts, tally.in_doubt - request.in_doubt)
+        tries = Tries(tally.attempts, tally.in_doubt - request.in_doubt + tally.resent)
         if isinstance(step, GiveUp):
             return Verdict(None, tries._replace(doubt_spent=step.doubt_spent))
         self._tallies[request.row] = tally
@@ -847,7 +851,14 @@ class Persistence:
         tally = self._tallies.pop(request.row, None)
         if tally is None:
             return None
-        return Tries(tally.attempts + 1, tally.in_doubt - request.in_doubt)
+        in_doubt = tally.in_doubt - request.in_doubt + tally.resent
+        return Tries(tally.attempts + 1, in_doubt)
+
+    def resent(self, request: Request, times: int) -> None:
+        """Count attempts that went again at once: perhaps billed, and outside every budget."""
+        tally = self._tallies.setdefault(request.row, Tally(in_doubt=request.in_doubt))
+        tally.attempts += times
+        tally.resent += times
 
     def _others_succeed(self, request: Request, tally: Tally) -> bool:
         before, tally.answered = tally.answered, self._answered[request.model]

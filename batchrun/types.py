@@ -97,6 +97,7 @@ class Reply(Struct, frozen=True, gc=False):
     model: str | None = None
     usage: Usage = NO_USAGE
     error: ErrorBody | None = None
+    has_message: bool = True  # choice 0 has one
 
 
 class Attempt(Struct, frozen=True, gc=False):
@@ -113,6 +114,7 @@ class Attempt(Struct, frozen=True, gc=False):
     detail: str = ""  # the failure in words, without secrets
     sent: bool = True  # a first byte of the request may have left this machine
     ttft_s: float | None = None
+    resent: int = 0  # times it had gone out before, on a connection that was dead already
 
 
 class Decision(Struct, frozen=True, gc=False):

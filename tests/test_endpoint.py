@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from batchrun import endpoint as room
-from batchrun.endpoint import MOST_TOGETHER, ChatEndpoint, _Departures, proxy_for
+from batchrun.connections import Trip
+from batchrun.endpoint import MOST_TOGETHER, ChatEndpoint, _Departures
 from batchrun.errors import BatchrunError, EndpointRefused, StoppedEarly
 from batchrun.mock_replies import StreamUsage
 from batchrun.mock_server import Knobs, MockReply, MockRequest, MockServer, Respond, completion
@@ -323,7 +324,7 @@ def test_an_https_origin_is_reached_by_connect_and_the_proxy_never_sees_the_key(
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal seen
         seen += await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
 
     async def story() -> Attempt:
         async with raw_server(handle) as url:
@@ -339,30 +340,43 @@ def test_an_https_origin_is_reached_by_connect_and_the_proxy_never_sees_the_key(
     assert meaning(attempt)[0] == "fatal"
 
 
-def test_a_proxy_that_cannot_be_used_is_a_failure_and_no_crash(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def through(url: str = "http://upstream.invalid") -> Attempt:
+    """One request to a host that only a proxy could reach."""
+
     async def story() -> Attempt:
-        async with client("http://upstream.invalid") as endpoint:
+        async with client(url, key=KEY) as endpoint:
             return await endpoint.send(request())
 
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert asyncio.run(story()).failure == "proxy"
-    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
-    attempt = asyncio.run(story())
-    assert attempt.failure == "proxy"
-    assert meaning(attempt)[0] == "fatal"
+    return asyncio.run(story())
 
 
-def test_no_proxy_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "proxy.example:3128")
-    monkeypatch.setenv("NO_PROXY", "localhost,.internal,127.0.0.1")
-    assert proxy_for("http://api.example/v1") == "http://proxy.example:3128"
-    assert proxy_for("http://127.0.0.1:8000/v1") is None
-    assert proxy_for("http://node.internal/v1") is None
-    assert proxy_for("https://api.example/v1") is None
-    monkeypatch.setenv("ALL_PROXY", "http://all.example:1")
-    assert proxy_for("https://api.example/v1") == "http://all.example:1"
+@pytest.mark.parametrize("origin", ["http://upstream.invalid", "https://upstream.invalid"])
+def test_a_dead_proxy_is_an_outage(monkeypatch: pytest.MonkeyPatch, origin: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    decision = classify(through(origin), request())
+    assert (decision.kind, decision.unreachable) == ("transient", True)
+    assert decision.reason == "cannot reach the proxy: Connection refused"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [("407 Who Asks", "fatal"), ("502 Bad Gateway", "transient")]
+)
+def test_only_a_proxy_that_asks_for_a_password_is_final(
+    monkeypatch: pytest.MonkeyPatch, status: str, kind: str
+) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
+
+    async def story() -> Attempt:
+        async with raw_server(handle) as url:
+            monkeypatch.setenv("HTTPS_PROXY", url)
+            async with client("https://upstream.invalid", key=KEY) as endpoint:
+                return await endpoint.send(request())
+
+    decision = classify(asyncio.run(story()), request())
+    assert (decision.kind, decision.in_doubt) == (kind, False)
+    assert f"the proxy answered {status}" in decision.reason
 
 
 # What comes back
@@ -701,7 +715,6 @@ def test_who_waits_for_memory_waits_no_longer_than_its_attempt(
             client(server.url, timeout_s=0.2, connect_timeout_s=0.2) as endpoint,
         ):
             endpoint._space = slow._space
-            endpoint._space.attempt_s = 0.4
             holding = asyncio.create_task(slow.send(request("held")))
             while slow._space.largest is None:
                 await asyncio.sleep(0)
@@ -777,14 +790,16 @@ class Wire(asyncio.Transport):
 async def test_requests_of_one_turn_leave_together_in_order_and_not_to_who_is_gone() -> None:
     written: list[bytes] = []
     gone, there = Wire(written), Wire(written)
+    lost = Trip()
     departures = _Departures()
-    departures.add(gone, b"lost")
-    departures.add(there, b"first")
-    departures.add(there, b"second")
+    departures.add(gone, b"lost", lost)
+    departures.add(there, b"first", Trip())
+    departures.add(there, b"second", Trip())
     assert written == [], "not before the turn ends"
     gone.close()
     await asyncio.sleep(0)
     assert written == [b"first", b"second"]
+    assert not lost.left
 
 
 @pytest.mark.asyncio
@@ -792,7 +807,7 @@ async def test_no_more_than_so_many_requests_wait_for_the_end_of_a_turn() -> Non
     written: list[bytes] = []
     departures = _Departures()
     for number in range(MOST_TOGETHER + 1):
-        departures.add(Wire(written), b"%d" % number)
+        departures.add(Wire(written), b"%d" % number, Trip())
     assert len(written) == MOST_TOGETHER
     await asyncio.sleep(0)
     assert len(written) == MOST_TOGETHER + 1

@@ -39,9 +39,10 @@ LAYERS = (
         "slots",
         "mock_replies",
         "options",
+        "proxies",
     },  # pure logic
-    {"records", "files"},  # what the files of a state are made of
-    {"state"},  # where they lie
+    {"records", "files", "deadlines"},  # what the files of a state and the endpoint are made of
+    {"state", "connections"},  # where those lie, and what the endpoint sends on
     {
         "inputs",
         "outputs",
@@ -68,7 +69,7 @@ LAYER_OF = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 EVERYWHERE = set(LAYER_OF)
 LIBRARY_ROOMS = {
-    "aiohttp": {"endpoint", "mock_server"},
+    "aiohttp": {"connections", "endpoint", "mock_server"},
     "click": {"cli", "flags"},
     "msgspec": EVERYWHERE,
     "pyarrow": {"inputs", "outputs", "table_notes"},

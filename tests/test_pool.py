@@ -102,6 +102,8 @@ class Patience:
             return Verdict(None, tries)
         return Verdict(self.wait_s, tries)
 
+    def resent(self, request: Request, times: int) -> None: ...
+
     def settle(self, request: Request) -> Tries | None:
         failed = self.attempts.pop(request.row, 0)
         return Tries(failed + 1, 0) if failed else None
@@ -128,6 +130,8 @@ class Book:
     def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
         self.settled_rows.append((request.row, decision.code))
         self.tries[request.row] = tries
+
+    def resent(self, times: int) -> None: ...
 
     def abandoned(self, request: Request) -> None:
         self.cut.append(request.row)
