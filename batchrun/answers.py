@@ -53,6 +53,7 @@ MAX_TOKENS = 2**63 - 1  # what an int64 column holds
 MAX_FLOAT = sys.float_info.max
 MAX_MESSAGE_CHARS = 2_000
 MAX_PAGE_CHARS = 300
+MAX_ID_CHARS = 200
 
 _Count = Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None
 
@@ -103,6 +104,12 @@ class _Completion(_Columns, gc=False):
     usage: _Usage | None = None
 
 
+class _Named(Struct, gc=False):
+    id: str | None = None
+    request_id: str | None = None
+
+
+_decode_name = msgspec.json.Decoder(_Named).decode
 _decode = msgspec.json.Decoder(_Completion).decode
 _decode_columns = msgspec.json.Decoder(_Columns).decode
 _decode_raw = msgspec.json.Decoder(Raw).decode
@@ -135,6 +142,18 @@ def answer(body: bytes) -> Answer:
         return _answer(completion, _usage_in(completion))
     except _SURPRISES:
         return _answer_surprise(body)
+
+
+def request_id(body: bytes) -> str:
+    """What a completion or an error calls itself; "" where it has no name.
+
+    llama.cpp and others tell it nowhere else.
+    """
+    try:
+        named = _decode_name(body)
+    except _SURPRISES:
+        return ""
+    return (named.request_id or named.id or "")[:MAX_ID_CHARS]
 
 
 # A completion that fills no column: stands for what is no answer among those that are.
@@ -567,15 +586,16 @@ def _error_body(error: dict[str, Any], around: dict[str, Any]) -> ErrorBody:
     kind = _word(error.get("type")) or _word(error.get("status")) or _word(limit_source)
     own_code = _word(error.get("code")) or _word(around.get("code"))
     return ErrorBody(
-        code=own_code or _word(detail.get("type")) or kind,
+        code=own_code or _word(detail.get("type")) or _word(detail.get("code")) or kind,
         type=kind,
         message=_message(error, around, detail),
-        loc=_loc(detail.get("loc")) or _word(error.get("param")),
+        loc=_loc(detail.get("loc") or detail.get("location")) or _word(error.get("param")),
     )
 
 
 def _message(error: dict[str, Any], around: dict[str, Any], detail: dict[str, Any]) -> str:
-    said = _word(detail.get("msg")) or error.get("message") or around.get("message")
+    said: Any = _word(detail.get("msg")) or _word(detail.get("message"))
+    said = said or error.get("message") or around.get("message")
     said = said or error.get("detail") or around.get("detail")
     if not said:
         # A bare code has nothing more to say; anything else is shown as it came.
@@ -584,8 +604,11 @@ def _message(error: dict[str, Any], around: dict[str, Any], detail: dict[str, An
 
 
 def _first_detail(error: dict[str, Any]) -> dict[str, Any]:
-    """The first {loc, msg, type} of a validation error, wherever Mistral has put the list."""
-    for held in (error.get("detail"), error.get("message")):
+    """The first {loc, msg, type} of a validation error, wherever Mistral has put the list.
+
+    Prism has its own beside the message: {location, message, code} under ``validation``.
+    """
+    for held in (error.get("detail"), error.get("message"), error.get("validation")):
         if isinstance(held, str) and held.lstrip()[:1] in ("{", "["):
             held = _maybe_json(held)
         if isinstance(held, dict):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
-from batchrun import retry
+from batchrun import answers, retry
 from batchrun.accounting import RunTally
 from batchrun.config import RunConfig
 from batchrun.endpoint import ChatEndpoint
@@ -40,7 +40,9 @@ SYNC_S = 1.0
 MAX_ERROR_BODY = 2**20
 # The share of wall time this process may compute before it, not the endpoint, is the bottleneck.
 BUSY_SHARE = 0.9
-REQUEST_ID_HEADERS = ("x-request-id", "mistral-correlation-id", "request-id", "cf-ray")
+REQUEST_ID_HEADERS = (
+    *("x-request-id", "mistral-correlation-id", "request-id", "x-litellm-call-id", "cf-ray"),
+)
 
 
 class Delivered(NamedTuple):
@@ -319,7 +321,7 @@ def _request_id(attempt: Attempt) -> str:
     for name in REQUEST_ID_HEADERS:
         if value := headers.get(name):
             return value
-    return ""
+    return answers.request_id(attempt.body)
 
 
 class _Meter:

@@ -462,8 +462,16 @@ def _explain(exc: Exception) -> tuple[Failure, str, bool]:
         case aiohttp.ClientPayloadError():
             return "cut", "the reply was cut short", True
         case aiohttp.ClientResponseError():
-            return "bad_header", "the reply's head cannot be read (a header too long?)", True
+            return "bad_header", _unreadable(exc), True
     return "disconnected", "the connection was closed before the reply was whole", True
+
+
+def _unreadable(exc: aiohttp.ClientResponseError) -> str:
+    """What is wrong with a reply, without the piece of it that the parser quotes."""
+    what = " ".join(exc.message.partition(":")[0].split())
+    if what.startswith("Got more than"):
+        return f"the reply has a line in its head of more than {MAX_HEADER_BYTES:,} bytes"
+    return "the reply cannot be read as HTTP" + (f": {what[0].lower()}{what[1:]}" if what else "")
 
 
 def _os_reason(error: OSError) -> str:

@@ -442,6 +442,29 @@ EXTRA = {"type": "extra_forbidden", "loc": ["body", "store"], "msg": "Extra inpu
             ErrorBody("402", "in_flight", "Pay"),
             id="OpenRouter's limit source",
         ),
+        pytest.param(
+            {
+                "type": "https://stoplight.io/prism/errors#UNPROCESSABLE_ENTITY",
+                "title": "Invalid request",
+                "status": 422,
+                "detail": "Your request is not valid",
+                "validation": [
+                    {
+                        "location": ["body", "messages"],
+                        "severity": "Error",
+                        "code": "minItems",
+                        "message": "must NOT have fewer than 1 items",
+                    }
+                ],
+            },
+            ErrorBody(
+                "minItems",
+                "https://stoplight.io/prism/errors#UNPROCESSABLE_ENTITY",
+                "must NOT have fewer than 1 items",
+                "body.messages",
+            ),
+            id="Prism's validation",
+        ),
         pytest.param({"error": {"code": "c"}}, ErrorBody("c"), id="nothing but a code"),
         pytest.param({"error": {"why": 1}}, ErrorBody(message='{"why":1}'), id="unknown members"),
         pytest.param({"error": {"message": " a\n  b "}}, ErrorBody(message="a b"), id="one line"),
@@ -455,6 +478,22 @@ EXTRA = {"type": "extra_forbidden", "loc": ["body", "store"], "msg": "Extra inpu
 def test_an_error_is_read_in_every_dialect(body: Any, error: ErrorBody | None) -> None:
     reply = answers.parse(json.dumps(body).encode())
     assert (reply.is_json, reply.choices, reply.error) == (True, 0, error)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b'{"id": "chatcmpl-7", "choices": []}', "chatcmpl-7"),
+        (b'{"message": "Unauthorized", "request_id": "r-1"}', "r-1"),
+        (b'{"id": 7}', ""),
+        (b'{"id": "x', ""),
+        (b"[1]", ""),
+        (b"", ""),
+        (b'{"id": "' + b"x" * 1_000 + b'"}', "x" * 200),
+    ],
+)
+def test_a_body_names_itself(body: bytes, name: str) -> None:
+    assert answers.request_id(body) == name
 
 
 def test_an_error_beside_choices_is_an_error() -> None:

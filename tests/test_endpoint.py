@@ -491,6 +491,24 @@ def test_what_the_network_does_becomes_an_attempt(
     assert meaning(attempt) == means
 
 
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"HELLO\r\n\r\n", "cannot be read as HTTP: bad status line"),
+        (HEAD + b"no colon\r\n\r\n", "cannot be read as HTTP: invalid header token"),
+        (HEAD + b"X-A: " + b"a" * 70_000 + b"\r\n\r\n", "a line in its head of more than 65,536"),
+    ],
+)
+def test_an_unreadable_reply_says_what_is_wrong_and_quotes_nothing(raw: bytes, words: str) -> None:
+    attempt, _ = ask(respond=replies(MockReply(raw=raw)))
+    assert attempt.failure == "bad_header"
+    assert words in attempt.detail
+    assert len(attempt.detail) < 100
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_reason_says_that_a_reply_is_not_utf_8(stream: bool) -> None:
     decision = classify(fault("invalid_utf8", stream=stream), request())

@@ -520,6 +520,30 @@ def test_retry_failed_takes_the_doubt_anew(mock: StartMock, submit: Submit) -> N
     assert server.ledger.requests == 5
 
 
+@pytest.mark.parametrize(
+    ("headers", "request_id"),
+    [
+        ({"x-litellm-call-id": "call-1", "cf-ray": "ray-1"}, "call-1"),
+        ({"x-request-id": "req-1", "x-litellm-call-id": "call-1"}, "req-1"),
+        ({}, "chatcmpl-9"),
+    ],
+    ids=["LiteLLM", "x-request-id first", "only in the body"],
+)
+def test_a_row_has_the_endpoints_name_for_it(
+    headers: dict[str, str], request_id: str, mock: StartMock, submit: Submit
+) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "yes"}}
+    body = {"id": "chatcmpl-9", "choices": [{**choice, "finish_reason": "stop"}]}
+    text = json.dumps(body)
+    told = {"Content-Type": "application/json", "Content-Length": len(text), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in told.items())
+    raw = f"HTTP/1.1 200 OK\r\n{head}\r\n{text}".encode()
+    server = mock(respond=lambda request: MockReply(raw=raw))
+    write_rows([0])
+    assert submit("in.jsonl", *to(server)).code == 0
+    assert table()["request_id"] == [request_id]
+
+
 def test_allowed_failures_end_with_0(mock: StartMock, submit: Submit) -> None:
     server = mock(respond=lambda r: fault_reply("400", r) if question(3) in r.prompt else None)
     write_rows(range(10))
