@@ -215,6 +215,32 @@ def recognise(path: Path) -> Footer | None:
         return _jsonl_footer(file)
 
 
+PARTIAL_SUFFIX = ".partial"
+
+
+def partial_of(output: Path) -> Path:
+    """Where ``collect`` writes what a run of ``output`` holds so far."""
+    suffix = output.suffix or ".parquet"
+    return output.with_name(f"{output.name.removesuffix(suffix)}{PARTIAL_SUFFIX}{suffix}")
+
+
+def remove_partial(output: Path, run_id: str) -> Path | None:
+    """Remove what ``collect`` wrote of this very run; the path of a partial file of another.
+
+    A file that says nothing of the kind, or is reached through a link, is somebody else's.
+    """
+    path = partial_of(output)
+    if path.is_symlink() or not path.is_file():
+        return None
+    footer = recognise(path)
+    if footer is None or footer.complete or not footer.run_id:
+        return None
+    if footer.run_id != run_id:
+        return path
+    path.unlink(missing_ok=True)
+    return None
+
+
 def read_back(path: Path) -> Iterator[Outcome]:
     """Yield what a published file holds, in order, as a journal would hold it.
 

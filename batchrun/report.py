@@ -291,7 +291,12 @@ def final_lines(summary: RunSummary) -> list[str]:
     spent = _spent(run.tokens) if run else 0
     if spent:
         done += f", {_tokens(spent)} tokens"
-    return [done, f"output {_output_name(summary.output)} {count(rows.total or 0, 'row')}, {code}"]
+    notes = [f"note {note}" for note in (*_answer_notes(rows), *summary.notes)]
+    return [
+        done,
+        *notes,
+        f"output {_output_name(summary.output)} {count(rows.total or 0, 'row')}, {code}",
+    ]
 
 
 def _finished(summary: RunSummary, config: RunConfig | None, facts: FinalFacts) -> list[str]:
@@ -329,6 +334,7 @@ def _headline(summary: RunSummary) -> str:
 
 def _causes(causes: Sequence[ErrorCount], inputs: Sequence[str]) -> list[str]:
     """A line for each cause, largest first: rows, kind, and the first example."""
+    causes = _by_kind_and_code(causes)
     shown = causes[:SHOWN_CAUSES]
     heads = [f"{cause.rows:,} {cause.kind}" for cause in shown]
     width = max([15, *map(len, heads)]) + 2
@@ -341,6 +347,16 @@ def _causes(causes: Sequence[ErrorCount], inputs: Sequence[str]) -> list[str]:
         more = f"{rows:,} more, for {count(len(hidden), 'other reason')}; see error_message"
         lines.append(f"{'':<{LABEL_WIDTH}}{more}")
     return lines
+
+
+def _by_kind_and_code(causes: Sequence[ErrorCount]) -> list[ErrorCount]:
+    """Causes of one kind and code together, whether or not a rerun tries their rows again."""
+    merged: dict[tuple[str, str], ErrorCount] = {}
+    for cause in causes:
+        same = merged.get((cause.kind, cause.code))
+        rows = cause.rows + (same.rows if same else 0)
+        merged[cause.kind, cause.code] = msgspec.structs.replace(same or cause, rows=rows)
+    return sorted(merged.values(), key=lambda cause: -cause.rows)
 
 
 def _example(cause: ErrorCount, inputs: Sequence[str] = ()) -> str:

@@ -507,7 +507,17 @@ class _Run:
             self._write_end(footer.rows.ok, footer.rows.error, "finished", EXIT_OK, None)
         self.summary.published = True
         self.summary.prompt_column = self._shown_prompt()
+        await asyncio.to_thread(self._remove_partial, footer)
         return self._told(footer, reused=self.plan.counts.held_ok + self.plan.counts.held_failed)
+
+    def _remove_partial(self, footer: Footer) -> None:
+        """What ``collect`` wrote of this run says less than the output, and would only confuse."""
+        # The output is published: what becomes of a file beside it changes nothing of that.
+        with suppress(OSError, BatchrunError):
+            if not self.config.to_stdout and (
+                other := outputs.remove_partial(Path(self.config.output), footer.run_id)
+            ):
+                self._note(f"{other} is older than this output; it may be removed")
 
     def _continues_answers(self) -> bool:
         counts = self.plan.counts

@@ -34,7 +34,6 @@ from batchrun.state import StateDir
 from batchrun.types import RowCounts
 
 SHOWN_BAD_ROWS = 1_000
-PARTIAL_SUFFIX = ".partial"
 
 
 def look(config: RunConfig) -> None:
@@ -155,7 +154,7 @@ def collect(output: str, state_dir: Path | None = None, target: str | None = Non
 
     The footer of a collected file says ``complete`` false, so no run takes it for its memory.
     """
-    target = target or _partial_name(output)
+    target = target or str(outputs.partial_of(Path(output)))
     state = state_of(output, state_dir)
     if target != STDOUT and Path(target).absolute() == Path(output).absolute():
         raise UsageError(f"-o {target}: that is the output itself; name another file")
@@ -272,12 +271,6 @@ async def models(config: RunConfig) -> list[str]:
 def _footer(output: str) -> Footer | None:
     path = Path(output)
     return outputs.recognise(path) if path.is_file() else None
-
-
-def _partial_name(output: str) -> str:
-    path = Path(output)
-    suffix = path.suffix or ".parquet"
-    return str(path.with_name(f"{path.name.removesuffix(suffix)}{PARTIAL_SUFFIX}{suffix}"))
 
 
 def _format_of(target: str) -> OutputFormat:

@@ -213,6 +213,23 @@ def test_partial_failure_groups_causes_and_says_what_a_rerun_does() -> None:
     """)
 
 
+def test_a_cause_has_one_line_whether_or_not_a_rerun_tries_it_again() -> None:
+    spent, passing, blank, null = (
+        ErrorCount(
+            "transient", "504", 3, False, ErrorExample("1", "p.jsonl:1", "Gateway Time-out")
+        ),
+        ErrorCount("transient", "504", 2, True, ErrorExample("2", "p.jsonl:2", "Gateway Time-out")),
+        ErrorCount("invalid_input", "blank_prompt", 4, False),
+        ErrorCount("invalid_input", "null_prompt", 1, False),
+    )
+    failed = replace(FAILED, errors=[blank, spent, passing, null])
+    assert final_block(failed, CONFIG).splitlines()[1:4] == [
+        "failed    5 transient      line 1: 504: Gateway Time-out",
+        "          4 invalid_input  blank_prompt",
+        "          1 invalid_input  null_prompt",
+    ]
+
+
 def test_accepted_failures_are_named_without_a_way_to_accept_them() -> None:
     block = final_block(replace(FAILED, exit_code=0), CONFIG)
     assert "12 failed" in block
@@ -301,6 +318,7 @@ def test_an_empty_input_is_a_success() -> None:
 def test_a_log_ends_with_counts_and_the_exit_code() -> None:
     assert report.final_lines(DONE) == [
         "done 2,000 sent, 0 failed, 1.1 M tokens",
+        'note 3 answers were cut short (finish_reason "length")',
         "output prompts.results.parquet 2,000 rows, exit code 0",
     ]
 

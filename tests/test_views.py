@@ -121,6 +121,38 @@ def test_status_and_collect_while_another_process_runs(
     assert "batchrun submit in.jsonl" in stopped.err
 
 
+def test_the_finished_output_takes_its_own_partial_file_away_and_no_other(
+    batchrun: Command, mock: StartMock, running: StartRun
+) -> None:
+    halfway = Halfway(mock, answered=6)
+    write_rows(10)
+    partial, kept = Path("in.results.partial.parquet"), Path("kept.parquet")
+    with running("in.jsonl", "--base-url", halfway.server.url, "-m", "m", "-c", 2):
+        assert halfway.reached.wait(WAIT_S)
+        assert batchrun("collect", "in.results.parquet").code == 0
+    partial.rename(kept)
+    partial.symlink_to(kept)
+    endpoint = ("--base-url", mock().url, "-m", "m")
+    assert batchrun("submit", "in.jsonl", *endpoint).code == 0
+    assert partial.is_symlink()
+    partial.unlink()
+    # Of an earlier run: it is named, not removed.
+    kept.rename(partial)
+    write_rows(11)
+    ended = batchrun("submit", "in.jsonl", *endpoint)
+    assert ended.code == 0
+    assert f"{partial} is older than this output" in ended.err
+    assert partial.exists()
+
+    halfway = Halfway(mock, answered=6)
+    write_rows(30)
+    with running("in.jsonl", "--base-url", halfway.server.url, "-m", "m", "-c", 2):
+        assert halfway.reached.wait(WAIT_S)
+        assert batchrun("collect", "in.results.parquet").code == 0
+    assert batchrun("submit", "in.jsonl", *endpoint).code == 0
+    assert not partial.exists()
+
+
 def test_what_was_collected_is_never_taken_for_the_finished_output(
     batchrun: Command, mock: StartMock
 ) -> None:
