@@ -172,7 +172,7 @@ def start_block(facts: StartFacts) -> str:
         first += f"   (continues the run of {since})"
     lines = [
         first,
-        *_labelled("rows", _row_plan(facts)),
+        *_row_lines(facts),
         *_columns(facts.files),
         *_labelled("endpoint", _endpoint(facts)),
     ]
@@ -197,12 +197,18 @@ def start_lines(facts: StartFacts) -> list[str]:
     return [files, ", ".join([*plan, where]), *(f"note {note}" for note in _start_notes(facts))]
 
 
+def _row_lines(facts: StartFacts) -> list[str]:
+    plan, shape = _row_plan(facts), _shape_words(facts.files)
+    if LABEL_WIDTH + len(plan + shape) <= WIDTH:
+        return _labelled("rows", plan + shape)
+    return [*_labelled("rows", plan), *_labelled("", shape.strip())]
+
+
 def _row_plan(facts: StartFacts) -> str:
-    shape = _shape_words(facts.files)
     if not facts.rows:
-        return f"0{shape}"
+        return "0"
     if facts.to_send == facts.rows and not facts.to_retry:
-        return f"{facts.rows:,}, all to send{shape}"
+        return f"{facts.rows:,}, all to send"
     parts = [f"{facts.answered_before:,} answered before"] if facts.answered_before else []
     if facts.failed_before:
         parts.append(f"{facts.failed_before:,} failed before")
@@ -464,8 +470,8 @@ def _next_after_failures(summary: RunSummary) -> list[str]:
     if refused:
         also = "also " if passing else "sends "
         again = "" if passing else " again"
-        steps.append(
-            f"--retry-failed  {also}{_the_rows(refused)}{again};  edited rows go by themselves"
+        steps += _beside_or_below(
+            f"--retry-failed  {also}{_the_rows(refused)}{again}", "edited rows go by themselves"
         )
     if not steps:
         steps.append("edit the failed rows, then run the same command: only they are sent")
@@ -473,6 +479,11 @@ def _next_after_failures(summary: RunSummary) -> list[str]:
         percent = math.ceil(summary.rows.error * 100 / summary.rows.total)
         steps.append(f"--allow-failures {percent}%  accepts them")
     return steps
+
+
+def _beside_or_below(first: str, second: str) -> list[str]:
+    line = f"{first};  {second}"
+    return [line] if LABEL_WIDTH + len(line) <= WIDTH else [first, second]
 
 
 PLURALS = {

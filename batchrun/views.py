@@ -112,8 +112,9 @@ def status(output: str, state_dir: Path | None = None) -> StatusFacts:
 def _unfinished(output: str, state: Path, holder: lock.Holder | None) -> StatusFacts:
     told = lock.read_status(state)
     saved = read_saved(state)
-    if holder is not None and told is not None:
-        # A running process says more than its journal, and reading that would slow it down.
+    if told is not None and (holder is not None or told.state == "stopped"):
+        # A process says more than its journal: rows of invalid input too, and while it runs,
+        # reading that would slow it down. One that was killed said nothing at its end.
         rows = RowCounts(total=told.total, ok=told.ok, error=told.failed, pending=told.pending)
     else:
         rows = _held_rows(state, told.total if told else None)

@@ -167,9 +167,10 @@ def test_a_continued_run_says_what_is_answered_and_what_is_sent_again(utc: None)
     facts = replace(
         START, to_send=692, answered_before=1_308, to_retry=2, continues_since_ms=1_700_000_000_000
     )
-    first, rows = report.start_block(facts).splitlines()[:2]
+    first, rows, shape = report.start_block(facts).splitlines()[:3]
     assert first.endswith("(continues the run of 2023-11-14 22:13)")
     assert rows == "rows      2,000: 1,308 answered before, 692 to send (2 of them again)"
+    assert shape == '          (shape prompt, column "prompt")'
 
 
 def test_a_log_starts_with_two_lines() -> None:

@@ -121,6 +121,26 @@ def test_status_and_collect_while_another_process_runs(
     assert "batchrun submit in.jsonl" in stopped.err
 
 
+def test_status_of_a_stopped_run_counts_as_the_run_did(
+    batchrun: Command, mock: StartMock, running: StartRun
+) -> None:
+    halfway = Halfway(mock, answered=6)
+    write_rows(10)
+    with Path("in.jsonl").open("a") as file:
+        file.write('{"prompt": null}\n')
+    url = halfway.server.url
+    options = ("-m", "m", "-c", 2, "--drain", 0, "--json")
+    with running("in.jsonl", "--base-url", url, *options) as process:
+        assert halfway.reached.wait(WAIT_S)
+        process.terminate()
+        rows = process.end().summary["rows"]
+    found = batchrun("status", "in.results.parquet", "--json")
+    assert found.code == 75
+    told = json.loads(found.out)["rows"]
+    assert [told[name] for name in ("ok", "error", "pending")] == [6, 1, 4]
+    assert [rows[name] for name in ("ok", "error", "pending")] == [6, 1, 4]
+
+
 def test_the_finished_output_takes_its_own_partial_file_away_and_no_other(
     batchrun: Command, mock: StartMock, running: StartRun
 ) -> None:
