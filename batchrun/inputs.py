@@ -17,6 +17,7 @@ import os
 import stat
 import tempfile
 import zlib
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
@@ -221,10 +222,10 @@ class _Search:
             self._skip(path, "hidden")
         elif any(parent.name.endswith(".batchrun") for parent in path.parents):
             self._skip(path, "the state of a run")
+        elif path.is_file() and _made_by_batchrun(path):
+            self._skip(path, "made by batchrun")
         elif _format_of(path)[0] is None:
             self._skip(path, "not JSONL or Parquet")
-        elif _made_by_batchrun(path):
-            self._skip(path, "made by batchrun")
         else:
             self.files.append(_input_file(path, str(path), self._format))
 
@@ -284,11 +285,13 @@ def _format_of(path: Path) -> tuple[InputFormat | None, Compression]:
 
 
 def _made_by_batchrun(path: Path) -> bool:
-    """Outputs bear a mark: Parquet in the schema's metadata, JSONL in the first line."""
+    """Outputs bear a mark: Parquet in the file's metadata, JSONL in the first line."""
+    suffix = Path(path.name.removesuffix(".bak")).suffix.lower()
     try:
-        if path.suffix == ".parquet":
-            return b"batchrun" in (pq.read_metadata(path).metadata or {})
-        if path.suffix == ".jsonl":
+        if suffix == ".parquet":
+            with path.open("rb") as table:
+                return b"batchrun" in (pq.read_metadata(table).metadata or {})
+        if suffix == ".jsonl":
             with path.open("rb") as lines:
                 first = msgspec.json.decode(lines.readline(_LINE_LIMIT_BYTES))
             mark = first.get("batchrun") if isinstance(first, dict) else None
@@ -950,7 +953,12 @@ class ColumnTypes:
             for name, kind in types.items()
             if all(seen.type == kind for seen in self._types.get(name, ()))
         }
-        return Carried(types, self._notes, unchanged)
+        as_text = [
+            name
+            for name, kind in types.items()
+            if _is_text(kind) and not self._kinds.get(name, set()) <= {str, _NULL}
+        ]
+        return Carried(types, self._notes, unchanged, as_text)
 
     def _type(self, name: str) -> pa.DataType:
         found = list(self._types.get(name, ()))
@@ -962,6 +970,41 @@ class ColumnTypes:
         # Only a table's own column of nulls keeps that type.
         keep_null = name in self._types
         return pa.string() if pa.types.is_null(merged.type) and not keep_null else merged.type
+
+
+class RepeatedIds:
+    """Finds rows whose ``custom_id`` an earlier row has, in eight bytes a row."""
+
+    def __init__(self) -> None:
+        self._hashes = array("q")  # 0: a row without one
+
+    def add(self, rows: Rows) -> None:
+        self._hashes.extend(map(_id_hash, rows))
+
+    def found(self) -> tuple[int, int, int] | None:
+        """How many rows do, and the numbers of two that share one; None when none does."""
+        import pyarrow.compute as pc  # only here, and not for nothing
+
+        buffers = [None, pa.py_buffer(self._hashes)]
+        hashes = pa.Array.from_buffers(pa.int64(), len(self._hashes), buffers)
+        in_order = hashes.sort()
+        later = in_order[1:]
+        repeated = pc.and_(pc.equal(later, in_order[:-1]), pc.not_equal(later, 0))
+        at = pc.index(repeated, True).as_py()
+        if at < 0:
+            return None
+        value = later[at].as_py()
+        first = self._hashes.index(value)
+        again = self._hashes.index(value, first + 1)
+        return repeated.true_count, first + 1, again + 1
+
+
+def _id_hash(row: Row | BadRow) -> int:
+    name = row.get(CUSTOM_ID) if type(row) is dict else None
+    if name is None:
+        return 0
+    text = name if isinstance(name, str) else json_text(name)
+    return (hash(text) or 1) if text else 0
 
 
 class _TableType(NamedTuple):
@@ -1059,7 +1102,8 @@ def _fits_double(metadata: pq.FileMetaData, field: pa.Field) -> bool:
 class Carried:
     """The input's columns as the output has them, and how to make them.
 
-    ``renamed`` lists (column, carried as); ``surrogates`` counts the lone surrogates that became
+    ``renamed`` lists (column, carried as); ``as_text`` names the columns of JSONL whose values are
+    written as JSON, for want of one type; ``surrogates`` counts the lone surrogates that became
     U+FFFD in what was converted so far.
     """
 
@@ -1068,8 +1112,10 @@ class Carried:
         types: Mapping[str, pa.DataType],
         notes: TableNotes | None = None,
         unchanged: Collection[str] = (),
+        as_text: Sequence[str] = (),
     ) -> None:
         """``notes`` are of tables whose columns ``unchanged`` have the types they had there."""
+        self.as_text = as_text
         self._columns = list(types.items())
         outputs = _output_names(types)
         self.sources = frozenset(types)

@@ -18,7 +18,7 @@ import msgspec
 from batchrun import inputs, prompts
 from batchrun.config import RunConfig
 from batchrun.errors import StoppedEarly
-from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, Row, Rows
+from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, RepeatedIds, Row, Rows
 from batchrun.journal import Held, Journal, Survey
 from batchrun.outputs import InvalidRow, Slice
 from batchrun.prompts import Builder, Built, Identity, Invalid, Layout, PromptSettings
@@ -31,6 +31,7 @@ INVALID = 0xFFFFFFFF
 BATCH_ROWS = 256
 BATCH_BYTES = 4 * 2**20
 MAX_NAMED_MODELS = 3
+MAX_NAMED_COLUMNS = 5
 
 CheckStop = Callable[[], None]
 
@@ -73,6 +74,7 @@ class Plan:
     counts: Counts
     carried: Carried
     models: set[str] = field(default_factory=set)  # at most two: one or several is what matters
+    notes: list[str] = field(default_factory=list)  # on the table, for the start lines
 
 
 def settings_of(config: RunConfig, *, stream_usage: bool, model: str | None) -> PromptSettings:
@@ -126,12 +128,39 @@ def make_plan(
     """
     types = ColumnTypes(config.carry)
     plan = Plan(sources, array("I"), Counts(), types.carried())
+    ids = RepeatedIds()
     journal.begin_pass()
     for source, batch in batches(sources, config.limit, check_stop, observe=types.observe):
+        ids.add(batch.rows)
         plan.slots.extend(_claim(plan, source, batch.rows, journal, config))
     plan.carried = types.carried()
+    plan.notes = notes(sources, plan.carried, ids)
     check_unchanged(sources)
     return plan
+
+
+def notes(sources: Sequence[Source], carried: Carried, ids: RepeatedIds) -> list[str]:
+    """What a user may not expect of a table, in words."""
+    said = []
+    if any(_has_id_only(source.layout) for source in sources):
+        said.append(
+            'the column "id" is only carried; an id to find rows by has the name "custom_id",'
+            " and without it rows are numbered"
+        )
+    if carried.as_text:
+        shown = ", ".join(carried.as_text[:MAX_NAMED_COLUMNS])
+        more = len(carried.as_text) - MAX_NAMED_COLUMNS
+        others = f" and {more:,} more" if more > 0 else ""
+        said.append(f"carried as JSON text (nested, mixed or over-large values): {shown}{others}")
+    if (repeated := ids.found()) is not None:
+        rows, first, again = repeated
+        who = "1 row has" if rows == 1 else f"{rows:,} rows have"
+        said.append(f"{who} the custom_id of an earlier row, such as rows {first:,} and {again:,}")
+    return said
+
+
+def _has_id_only(layout: Layout) -> bool:
+    return "id" in layout.carried_only and prompts.CUSTOM_ID not in (layout.columns_needed or ())
 
 
 def _claim(

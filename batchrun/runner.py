@@ -635,7 +635,7 @@ class _Run:
             rows_model_replaced=counts.model_replaced,
             rows_params_replaced=tuple(sorted(counts.params_replaced.items())),
             skipped=tuple(files.skipped),
-            notes=tuple(self.summary.notes),
+            notes=(*self.plan.notes, *self.summary.notes),
         )
 
     @property

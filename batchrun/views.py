@@ -51,12 +51,13 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
         files, skipped = inputs.resolve(config.inputs, config.input_format, spool=spool)
         settings = prompt_settings(config)
         sources = plan.lay_out(files, settings, config)
-        types = inputs.ColumnTypes(config.carry)
+        types, ids = inputs.ColumnTypes(config.carry), inputs.RepeatedIds()
         table = SlotTable()
         rows = repeats = bad = 0
         bad_rows: list[BadRowFacts] = []
         bodies: list[str] = []
         for source, batch in plan.batches(sources, config.limit, observe=types.observe):
+            ids.add(batch.rows)
             for line, row in zip(batch.lines, batch.rows, strict=True):
                 rows += 1
                 source.rows += 1
@@ -70,6 +71,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
                 repeats += table.occurrence(table.claim(built.hash)) > 0
                 if len(bodies) < max(show, 1):
                     bodies.append(prompts.encode(built.body).decode())
+        carried = types.carried()
         return ValidateFacts(
             files=tuple(file_facts(source) for source in sources),
             rows=rows,
@@ -77,7 +79,8 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
             bad_rows=tuple(bad_rows),
             repeats=repeats,
             url=hidden_in_url(config.endpoint.url) if config.endpoint else None,
-            renamed=tuple(types.carried().renamed),
+            renamed=tuple(carried.renamed),
+            notes=tuple(plan.notes(sources, carried, ids)),
             skipped=tuple(skipped),
             first_body=bodies[0] if bodies else None,
             bodies=tuple(bodies[:show]),
