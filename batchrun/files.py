@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from batchrun.errors import LocalIOError
 
@@ -109,6 +113,27 @@ def write_whole(
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+_T = TypeVar("_T")
+
+
+def write_json(path: Path, value: msgspec.Struct) -> None:
+    """Put ``value`` in the place of ``path``, whole, for ``read_json``."""
+    try:
+        text = msgspec.json.encode(value)
+    except UnicodeEncodeError:  # a file name need not be UTF-8
+        text = json.dumps(msgspec.to_builtins(value)).encode()
+    write_whole(path, path.with_name(f"{path.name}.new"), text)
+
+
+def read_json(path: Path, kind: type[_T]) -> _T:
+    """What ``write_json`` wrote; OSError, ValueError or RecursionError when that cannot be."""
+    text = read_regular(path)
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, ValueError):
+        return msgspec.convert(json.loads(text), type=kind)
 
 
 def io_error(path: Path, doing: str, error: OSError) -> LocalIOError:

@@ -700,7 +700,12 @@ def _table(file: InputFile) -> Iterator[pq.ParquetFile]:
             raise LocalIOError(f"{file.name}: is empty (0 bytes), not a Parquet file")
         if not start.startswith(b"PAR1"[: len(start)]):
             raise _refusal(file, "Parquet", start)
-        with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_READ_BYTES) as table:
+        # By its descriptor: pyarrow takes some names for addresses, and those that are no UTF-8
+        # for mistakes.
+        with (
+            file.path.open("rb") as raw,
+            pq.ParquetFile(raw, pre_buffer=False, buffer_size=_READ_BYTES) as table,
+        ):
             names = table.schema_arrow.names
             if len(set(names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)

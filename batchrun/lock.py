@@ -20,7 +20,7 @@ import msgspec
 
 from batchrun.config import STATE_SUFFIX, IfLocked
 from batchrun.errors import Locked
-from batchrun.files import open_regular, read_regular, reporting, write_whole
+from batchrun.files import open_regular, read_json, reporting, write_json
 from batchrun.state import StateDir
 
 _ATTEMPTS = 200
@@ -210,12 +210,12 @@ def write_status(state: Path, status: Status) -> None:
     """Replace the status file; what cannot be written is left out, for it is not the truth."""
     path = StateDir(state).status
     with contextlib.suppress(OSError):
-        write_whole(path, path.with_name(f"{path.name}.new"), msgspec.json.encode(status))
+        write_json(path, status)
 
 
 def read_status(state: Path) -> Status | None:
     """The last status written, or None when there is none that can be read."""
     try:
-        return msgspec.json.decode(read_regular(StateDir(state).status), type=Status)
-    except (OSError, msgspec.MsgspecError, RecursionError):
+        return read_json(StateDir(state).status, Status)
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
         return None

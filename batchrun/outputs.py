@@ -265,8 +265,8 @@ class PublishedRow(NamedTuple):
 
 def slices_of(path: Path) -> tuple[pa.Schema, Iterator[Slice]]:
     """A published Parquet file as what ``publish`` takes, to write it in another format."""
-    with _reading(path):
-        schema = pq.read_schema(path)
+    with _reading(path), path.open("rb") as raw:
+        schema = pq.read_schema(raw)
     own = set(answers.ANSWER_COLUMNS)
     fields = [field for field in schema if field.name not in own]
     carried = pa.schema(fields, metadata=schema.metadata)
@@ -758,7 +758,8 @@ _BACK_COLUMNS = tuple(name for name in answers.ANSWER_COLUMNS if name != "custom
 
 def _parquet_footer(path: Path) -> Footer | None:
     try:
-        metadata = pq.read_metadata(path).metadata or {}
+        with path.open("rb") as raw:
+            metadata = pq.read_metadata(raw).metadata or {}
     except pa.ArrowException:
         return None
     return _footer(metadata.get(FOOTER_KEY, b""))
@@ -803,7 +804,10 @@ def _footer(text: bytes) -> Footer | None:
 
 
 def _read_parquet(path: Path) -> Iterator[Outcome]:
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=256_000) as file:
+    with (
+        path.open("rb") as raw,
+        pq.ParquetFile(raw, pre_buffer=False, buffer_size=256_000) as file,
+    ):
         present = [name for name in _BACK_COLUMNS if name in file.schema_arrow.names]
         for batch in file.iter_batches(PIECE_ROWS, columns=present, use_threads=False):
             columns = {name: _back_values(batch.column(name), name) for name in present}
@@ -817,7 +821,11 @@ def _read_parquet(path: Path) -> Iterator[Outcome]:
 
 def _slices_of(path: Path, carried: pa.Schema) -> Iterator[Slice]:
     done = 0
-    with _reading(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=256_000) as file:
+    with (
+        _reading(path),
+        path.open("rb") as raw,
+        pq.ParquetFile(raw, pre_buffer=False, buffer_size=256_000) as file,
+    ):
         for batch in file.iter_batches(PIECE_ROWS, use_threads=False):
             names = batch.schema.names
             absent = [None] * batch.num_rows

@@ -143,10 +143,7 @@ def notes(sources: Sequence[Source], carried: Carried, ids: RepeatedIds) -> list
     """What a user may not expect of a table, in words."""
     said = []
     if any(_has_id_only(source.layout) for source in sources):
-        said.append(
-            'the column "id" is only carried; an id to find rows by has the name "custom_id",'
-            " and without it rows are numbered"
-        )
+        said.append('column "id" is only carried; name it custom_id to find rows by it')
     if carried.as_text:
         shown = ", ".join(carried.as_text[:MAX_NAMED_COLUMNS])
         more = len(carried.as_text) - MAX_NAMED_COLUMNS

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from batchrun.config import STDIN, InputFormat, JSONValue, OutputFormat, RunConfig
-from batchrun.files import read_regular, write_whole
+from batchrun.files import read_json, write_json
 from batchrun.state import StateDir
 from batchrun.types import Shape
 
@@ -66,14 +66,14 @@ def save_config(state: Path, config: RunConfig, model: str | None, hosts: list[s
     )
     path = StateDir(state).saved_command
     with contextlib.suppress(OSError):
-        write_whole(path, path.with_name(f"{path.name}.new"), msgspec.json.encode(saved))
+        write_json(path, saved)
 
 
 def read_saved(state: Path) -> Saved | None:
     """What ``save_config`` kept here last, None when there is nothing to read."""
     try:
-        return msgspec.json.decode(read_regular(StateDir(state).saved_command), type=Saved)
-    except (OSError, msgspec.MsgspecError, RecursionError):
+        return read_json(StateDir(state).saved_command, Saved)
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
         return None
 
 

@@ -532,7 +532,7 @@ def test_quiet_is_silent_on_0_and_says_the_end_otherwise(
 def test_json_is_one_object_on_stdout_at_every_exit(
     args: list[str], code: int, state: str, mock: StartMock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("broken.parquet").write_text("no")
+    Path("broken.parquet").write_text("PAR1 and no end")
     Path("bad.jsonl").write_text('{"prompt": 1}\n{"prompt": "a"}\n')
     assert run_command(["submit", *args, *map(str, options(mock())), "--json"]) == code
     summary = json.loads(capsys.readouterr().out)

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from batchrun import inputs
+from batchrun.cli import run_command
 from batchrun.errors import BatchrunError, LocalIOError, StoppedEarly, UsageError
 from batchrun.inputs import BadRow, Carried, ColumnTypes, InputFile, head, read, resolve
 
@@ -898,3 +900,38 @@ def test_the_samples_are_what_they_say() -> None:
         assert all(isinstance(row, dict) for _, row in found)
     bad = [line for line, row in verdicts(SAMPLES / "mistakes.jsonl") if isinstance(row, str)]
     assert bad == [2, 8]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.none() | st.sampled_from(["a", "b", 1, "1", "", "c", 1.5, [1]]), max_size=12))
+def test_repeated_ids_are_counted_and_one_pair_is_named(names: list[Any]) -> None:
+    ids = inputs.RepeatedIds()
+    rows: inputs.Rows = [{} if name is None else {"custom_id": name} for name in names]
+    ids.add(rows[:5])
+    ids.add(rows[5:])
+    texts = [name if isinstance(name, str) else json.dumps(name) for name in names if name]
+    found = ids.found()
+    if len(set(texts)) == len(texts):
+        assert found is None
+        return
+    assert found is not None
+    count, first, again = found
+    assert count == len(texts) - len(set(texts))
+    assert str(names[first - 1]) == str(names[again - 1])
+    assert first < again
+
+
+def test_files_that_batchrun_wrote_are_skipped_by_what_is_in_them(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "in.jsonl", [{"prompt": "x"}])
+    for name in ("in.parquet", "mine.jsonl"):
+        output = tmp_path / name
+        assert run_command(["submit", str(path), "--mock", "-q", "-o", str(output)]) == 0
+    (tmp_path / "in.parquet").rename(tmp_path / "in.partial.parquet")
+    (tmp_path / "mine.jsonl").rename(tmp_path / "mine.jsonl.bak")
+    shutil.copy(tmp_path / "in.partial.parquet", tmp_path / "in.unused.PARQUET")
+    found = resolve([str(tmp_path)])
+    assert [file.path.name for file in found.files] == ["in.jsonl"]
+    assert sorted(Path(each).name for each in found.skipped) == [
+        f"{name} (made by batchrun)"
+        for name in ("in.partial.parquet", "in.unused.PARQUET", "mine.jsonl.bak")
+    ]

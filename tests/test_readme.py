@@ -594,7 +594,7 @@ def ends_locked(place: Path, _mock: StartMock) -> Ended:
 
 
 def ends_for_local_io(place: Path, _mock: StartMock) -> Ended:
-    (place / "broken.parquet").write_text("no")
+    (place / "broken.parquet").write_text("PAR1 and no end")
     return end_of(started(place, "broken.parquet", "--mock"))
 
 

@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -992,3 +993,50 @@ def test_a_disk_too_small_for_the_answers_is_said_at_the_start(
     ended = submit("in.jsonl", "--mock")
     assert "free; journal and output may need about" in " ".join(ended.err.split())
     assert ended.code == 0
+
+
+# Tables and names as they are found
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there, file names are UTF-8")
+@pytest.mark.parametrize(
+    "name", [b"\xff a.jsonl", b"a\nb'c.jsonl", b"-dash.jsonl", b"file:x.jsonl"]
+)
+def test_a_file_of_any_name_is_read_published_and_read_again(
+    name: bytes, mock: StartMock, submit: Submit
+) -> None:
+    server = mock()
+    source = Path(os.fsdecode(name))
+    write_rows(range(3), str(source))
+    ended = submit(*to(server), "--", source)
+    assert ended.code == 0
+    output = Path(os.fsdecode(name.removesuffix(b".jsonl") + b".results.parquet"))
+    [following] = [line for line in ended.err.splitlines() if line.startswith("next")] or [""]
+    if following:
+        command = following.removeprefix("next").strip().replace("batchrun", "echo", 1)
+        subprocess.run(["bash", "-c", command], check=True)
+    # The output is an input as well, and a converted one.
+    assert submit("-o", "again.jsonl", *to(server), "--", output).code == 0
+    with output.open("rb") as table_file:
+        assert pq.read_table(table_file)["response"].to_pylist()[0]
+    assert run_command(["collect", "-o", "copy.parquet", "--", str(output)]) == 0
+    write_rows(range(4), str(source))
+    assert submit(*to(server), "--", source).code == 0
+    assert asked(server)[-1] == 3
+    assert run_command(["status", "--", str(output)]) == 0
+
+
+def test_what_a_user_may_not_expect_of_a_table_is_said_at_the_start(
+    mock: StartMock, submit: Submit
+) -> None:
+    Path("in.jsonl").write_text(
+        '{"id": 1, "prompt": "Question 0?", "meta": {"a": 1}, "mixed": 1, "same": "x"}\n'
+        '{"id": 2, "prompt": "Question 1?", "meta": null, "mixed": "x", "same": "y"}\n'
+    )
+    said = " ".join(submit("in.jsonl", *to(mock())).err.split())
+    assert 'column "id" is only carried; name it custom_id' in said
+    assert "carried as JSON text (nested, mixed or over-large values): meta, mixed" in said
+    Path("b.jsonl").write_text('{"custom_id": 1, "id": 1, "prompt": "Question 0?"}\n' * 3)
+    said = " ".join(submit("b.jsonl", *to(mock())).err.split())
+    assert "2 rows have the custom_id of an earlier row, such as rows 1 and 2" in said
+    assert '"id"' not in said
