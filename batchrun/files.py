@@ -11,7 +11,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -134,6 +134,54 @@ def read_json(path: Path, kind: type[_T]) -> _T:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, ValueError):
         return msgspec.convert(json.loads(text), type=kind)
+
+
+class Seen(NamedTuple):
+    """What tells whether a file is still the one that was looked at."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+
+def seen(path: Path) -> Seen | None:
+    """None where nothing is."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return Seen(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def put(temporary: Path, path: Path, expected: Seen | None) -> None:
+    """Give a finished file its name, unless something else has it by now: FileExistsError.
+
+    What was expected there and is gone is missed by nobody.
+    """
+    found = seen(path)
+    if found is None:
+        _put_new(temporary, path)
+    elif found == expected:
+        temporary.replace(path)
+    else:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+# What file systems without hard links say.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def _put_new(temporary: Path, path: Path) -> None:
+    """A rename would replace what appeared a moment ago; a link cannot."""
+    try:
+        os.link(temporary, path)
+    except OSError as exc:
+        if exc.errno not in _NO_LINKS:
+            raise
+        temporary.rename(path)
+    else:
+        temporary.unlink()
 
 
 def io_error(path: Path, doing: str, error: OSError) -> LocalIOError:

@@ -33,6 +33,7 @@ from batchrun import answers, prompts
 from batchrun.accounting import INVALID_INPUT, OutputTally
 from batchrun.config import OutputFormat
 from batchrun.errors import LocalIOError
+from batchrun.files import Seen, create, make_durable, open_regular, put, seen, sync_directory
 from batchrun.types import (
     NO_USAGE,
     Answer,
@@ -183,8 +184,25 @@ class _Writer(Protocol):
     def finish(self, footer: Footer) -> None: ...
 
 
+class Target(NamedTuple):
+    """Where to publish, and what was there when it was looked at."""
+
+    shown: Path
+    path: Path  # without links
+    found: Seen | None
+    mode: int | None  # of the file that was there
+
+    @classmethod
+    def at(cls, shown: Path) -> Target:
+        with _mapped(str(shown)):
+            path = Path(os.path.realpath(shown))
+            found = seen(path)
+            old = _regular_or_none(path)
+            return cls(shown, path, found, None if old is None else stat.S_IMODE(old.st_mode))
+
+
 def publish(
-    target: Path | BinaryIO,
+    target: Path | Target | BinaryIO,
     fmt: OutputFormat,
     carried_schema: pa.Schema,
     slices: Iterable[Slice],
@@ -196,11 +214,14 @@ def publish(
     """Write every slice, in order, and return the footer with the counts filled in.
 
     A path changes in one step, when all is written and durable: a reader sees the old file or the
-    new one. On any failure the old file stays as it is and the temporary is removed. What cannot be
+    new one. What is there by then and was not when the Target was made, or a Path given, is never
+    replaced. On any failure the old file stays and the temporary is removed. What cannot be
     written is a LocalIOError naming the path; what ``slices`` raises passes as it is. A stream is
     written as the rows come and flushed at the end; a BrokenPipeError of it passes as it is.
     """
-    if not isinstance(target, Path):
+    if isinstance(target, Path):
+        target = Target.at(target)
+    if not isinstance(target, Target):
         sink = _Sink(target, "standard output")
         return _write(sink, fmt, carried_schema, slices, footer, tally, response_body)
     with _replacing(target) as sink:
@@ -209,7 +230,7 @@ def publish(
 
 def recognise(path: Path) -> Footer | None:
     """The footer of a file batchrun wrote; None for any other. LocalIOError when unreadable."""
-    with _reading(path), path.open("rb") as file:
+    with _reading(path), open(open_regular(path.resolve(), os.O_RDONLY), "rb") as file:
         if file.read(4) == b"PAR1":
             return _parquet_footer(path)
         return _jsonl_footer(file)
@@ -299,7 +320,7 @@ def backup(path: Path) -> Path:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(kept.parent)
+        sync_directory(kept.parent)
     return kept
 
 
@@ -1067,28 +1088,37 @@ class _Sink:
 
 
 @contextmanager
-def _replacing(shown: Path) -> Iterator[_Sink]:
-    """A new file that takes ``shown``'s place when the block ends well, and else never existed."""
-    with _mapped(str(shown)):
-        path = Path(os.path.realpath(shown))
-        old = _regular_or_none(path)
-        temporary = _temporary(path)
-        file = _create(temporary, None if old is None else stat.S_IMODE(old.st_mode))
+def _replacing(target: Target) -> Iterator[_Sink]:
+    """A new file that takes the target's place when the block ends well, and else never existed."""
+    shown = str(target.shown)
+    with _mapped(shown):
+        temporary = _temporary(target.path)
+        file = _create(temporary, target.mode)
     try:
         # What the block raises is not of this file's making and passes as it is.
-        yield _Sink(file, str(shown))
-        with _mapped(str(shown)):
+        yield _Sink(file, shown)
+        with _mapped(shown):
             file.flush()
-            os.fsync(file.fileno())
+            make_durable(file.fileno())
             file.close()
-            os.replace(temporary, path)
-            _sync_directory(path.parent)
+            try:
+                put(temporary, target.path, target.found)
+            except FileExistsError as exc:
+                raise _changed(shown) from exc
+            sync_directory(target.path.parent)
     except BaseException:
         with suppress(OSError):  # closing writes what is buffered, and fails as the write before
             file.close()
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _changed(shown: str) -> LocalIOError:
+    return LocalIOError(
+        f"{shown}: was written by somebody else in the meantime, and was left as it is",
+        next_steps=("run the same command again: no answer is lost",),
+    )
 
 
 def _regular_or_none(path: Path) -> os.stat_result | None:
@@ -1104,12 +1134,7 @@ def _regular_or_none(path: Path) -> os.stat_result | None:
 
 
 def _create(temporary: Path, mode: int | None) -> BinaryIO:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        descriptor = os.open(temporary, flags, 0o666)
-    except FileExistsError:  # of a killed process that had our id, as in a container
-        os.unlink(temporary)
-        descriptor = os.open(temporary, flags, 0o666)
+    descriptor = create(temporary, 0o666)
     if mode is not None:
         os.fchmod(descriptor, mode)
     return os.fdopen(descriptor, "wb")
@@ -1134,18 +1159,6 @@ def _runs_elsewhere(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as exc:
-        # Some network file systems cannot sync a directory; their renames need no help.
-        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

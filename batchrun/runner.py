@@ -21,7 +21,6 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
@@ -292,7 +291,9 @@ class _Run:
         path = Path(config.output)
         if config.to_stdout:
             return None
+        self.target = outputs.Target.at(path)
         outputs.clean_leftovers(path)
+        outputs.clean_leftovers(outputs.partial_of(path))
         outputs.clean_leftovers(_backup_of(path))
         if not path.exists():
             return None
@@ -453,7 +454,6 @@ class _Run:
         config, counts = self.config, self.plan.counts
         answered_now = self.book.count(Held.OK) - self.ok_before
         unused = self.book.count(Held.OK) - counts.held_ok - answered_now
-        target: Path | BinaryIO = sys.stdout.buffer
         if not config.to_stdout:
             target = Path(config.output)
             if self.keep_old or (unused and self.published is not None):
@@ -483,7 +483,7 @@ class _Run:
             finished_at=now_utc(),
         )
         footer = outputs.publish(
-            target,
+            sys.stdout.buffer if config.to_stdout else self.target,
             config.output_format,
             self.plan.carried.schema,
             plan.slices(self.plan, self.book, config, self.stop.check),

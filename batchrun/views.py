@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from batchrun import inputs, lock, outputs, plan, prompts
 from batchrun.accounting import OutputTally
@@ -16,7 +18,7 @@ from batchrun.config import STDIN, STDOUT, VERSION, OutputFormat, RunConfig
 from batchrun.errors import UsageError
 from batchrun.inputs import Batch
 from batchrun.journal import Held, Journal
-from batchrun.outputs import Footer, FooterRows, PublishedRow, Schema, Slice
+from batchrun.outputs import Footer, FooterRows, PublishedRow, Schema, Slice, Target
 from batchrun.prompts import Invalid
 from batchrun.report import BadRowFacts, CollectFacts, StatusFacts, ValidateFacts
 from batchrun.runner import (
@@ -160,8 +162,6 @@ def collect(output: str, state_dir: Path | None = None, target: str | None = Non
     """
     target = target or str(outputs.partial_of(Path(output)))
     state = state_of(output, state_dir)
-    if target != STDOUT and Path(target).absolute() == Path(output).absolute():
-        raise UsageError(f"-o {target}: that is the output itself; name another file")
     book = Journal.peek(state) if has_journal(state) else None
     if book is None:
         return _converted(output, target)
@@ -178,6 +178,7 @@ def _collected(output: str, state: Path, target: str, book: Journal, saved: Save
     files = inputs.resolve(config.inputs, config.input_format, spool=spool, output=Path(output))
     sources = plan.lay_out(files.files, prompt_settings(config), config)
     planned = plan.make_plan(sources, config, book, plan.never_stop)
+    place = _place(target, output, [each.path for each in files.files])
     tally = OutputTally()
     footer = Footer(
         batchrun_version=VERSION,
@@ -191,7 +192,7 @@ def _collected(output: str, state: Path, target: str, book: Journal, saved: Save
         finished_at=now_utc(),
     )
     outputs.publish(
-        sys.stdout.buffer if target == STDOUT else Path(target),
+        place,
         _format_of(target),
         planned.carried.schema,
         plan.slices(planned, book, config, plan.never_stop),
@@ -217,10 +218,11 @@ def _converted(output: str, target: str) -> CollectFacts:
     footer = _footer(output)
     if footer is None:
         raise UsageError(f"{output}: no run and no output of batchrun there")
+    place = _place(target, output, map(Path, footer.inputs))
     tally = OutputTally()
     schema, slices = _published_slices(Path(output))
     outputs.publish(
-        sys.stdout.buffer if target == STDOUT else Path(target),
+        place,
         _format_of(target),
         schema,
         slices,
@@ -275,6 +277,25 @@ async def models(config: RunConfig) -> list[str]:
 def _footer(output: str) -> Footer | None:
     path = Path(output)
     return outputs.recognise(path) if path.is_file() else None
+
+
+def _place(target: str, output: str, inputs: Iterable[Path]) -> Target | BinaryIO:
+    """Where to write. UsageError when it is the output, an input, or not batchrun's to replace."""
+    if target == STDOUT:
+        return sys.stdout.buffer
+    path = Path(target)
+    if os.path.realpath(target) == os.path.realpath(output):
+        raise UsageError(f"-o {target}: that is the output itself; name another file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"-o {target}: that is not a regular file; name another")
+    outputs.clean_leftovers(path)
+    place = Target.at(path)
+    if place.found is not None:
+        if any(each.exists() and each.samefile(path) for each in inputs):
+            raise UsageError(f"-o {target}: that is an input of this run; name another file")
+        if outputs.recognise(path) is None:
+            raise UsageError(f"-o {target}: exists and was not written by batchrun; name another")
+    return place
 
 
 def _format_of(target: str) -> OutputFormat:

@@ -7,14 +7,17 @@ import os
 import signal
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import batchrun
 from batchrun import records
 from batchrun.cli import run_command
 from batchrun.errors import JournalDamaged, LocalIOError, UsageError
@@ -367,3 +370,122 @@ def test_a_fifo_as_output_is_refused(more: tuple[str, ...], submit: Submit) -> N
     ended = submit("in.jsonl", "--mock", "-o", "out.parquet", *more)
     assert ended.code == 2
     assert "not a regular file" in ended.err
+
+
+# ── what appears at the output, and what collect may replace ─────────────────────────────────────
+
+
+def when_asked(do: Callable[[], object]) -> Callable[[MockRequest], MockReply | None]:
+    """A server's habit: something happens when the third request comes."""
+
+    def respond(request: MockRequest) -> MockReply | None:
+        if request.n == 3:
+            do()
+        return None
+
+    return respond
+
+
+def test_a_file_that_appears_at_the_output_during_the_run_is_not_replaced(
+    submit: Submit, mock: StartMock
+) -> None:
+    write_rows()
+    output = Path("in.results.parquet")
+    server = mock(respond=when_asked(lambda: output.write_text("precious")))
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m")
+    ended = submit(*to)
+    assert ended.code == 74
+    assert "in the meantime" in ended.err
+    assert output.read_text() == "precious"
+    assert submit(*to).code == 2
+    assert submit(*to, "--overwrite").code == 0
+    assert Path("in.results.parquet.bak").read_text() == "precious"
+    assert pq.read_table(output).num_rows == ROWS
+    assert server.ledger.requests == ROWS
+
+
+def test_an_output_that_changes_during_the_run_is_not_replaced(
+    submit: Submit, mock: StartMock
+) -> None:
+    output = Path("out.parquet")
+    write_rows("other.jsonl", 2)
+    write_rows()
+    other = mock()
+    assert submit("other.jsonl", "--base-url", other.url, "-m", "m", "-o", "new.parquet").code == 0
+    server = mock(respond=when_asked(lambda: Path("new.parquet").replace(output)))
+    to = ("--base-url", server.url, "-m", "m", "-o", "out.parquet")
+    assert submit("other.jsonl", *to).code == 0
+    before = server.ledger.requests
+    assert submit("in.jsonl", *to).code == 74
+    assert pq.read_table(output)["n"].to_pylist() == [0, 1]
+    assert submit("in.jsonl", *to).code == 0
+    assert server.ledger.requests == before + ROWS - 2
+
+
+def test_an_output_that_goes_during_the_run_is_written_anew(
+    submit: Submit, mock: StartMock
+) -> None:
+    write_rows(rows=2)
+    server = mock(respond=when_asked(lambda: Path("in.results.parquet").unlink()))
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m")
+    assert submit(*to).code == 0
+    write_rows()
+    assert submit(*to).code == 0
+    assert pq.read_table("in.results.parquet").num_rows == ROWS
+    assert sorted(os.listdir()) == ["in.jsonl", "in.results.parquet"]
+
+
+def test_collect_replaces_neither_an_input_nor_a_file_of_somebody_else(
+    submit: Submit, mock: StartMock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows()
+    Path("theirs.parquet").write_text("precious")
+    Path("in.mock.partial.parquet").write_text("precious")
+    Path("link.jsonl").symlink_to("in.jsonl")
+    os.mkfifo("fifo.parquet")
+    before = everything(tmp_path)
+    assert submit("in.jsonl", "--mock").code == 0
+    stopped(submit, mock)
+    for output in ("in.mock.parquet", "in.results.parquet"):
+        for target in ("in.jsonl", "link.jsonl", "theirs.parquet", "fifo.parquet"):
+            assert run_command(["collect", output, "-o", target]) == 2, target
+            assert "name another" in " ".join(capsys.readouterr().err.split())
+    assert run_command(["collect", "in.mock.parquet"]) == 2
+    assert before.items() <= everything(tmp_path).items()
+    for _ in range(2):
+        assert run_command(["collect", "in.mock.parquet", "-o", "copy.jsonl"]) == 0
+
+
+@pytest.mark.parametrize("again", ["collect", "submit"])
+def test_a_killed_collect_leaves_nothing_for_good(
+    again: str, submit: Submit, mock: StartMock, tmp_path: Path, spawn: Spawn
+) -> None:
+    state = stopped(submit, mock)
+    killed = "\n".join(
+        (
+            "import os, signal, sys",
+            "from batchrun import cli, outputs",
+            "outputs.make_durable = lambda fd: os.kill(os.getpid(), signal.SIGKILL)",
+            "cli.run_command(['collect', 'in.results.parquet'])",
+        )
+    )
+    with spawn(killed) as run:
+        assert run.wait(60) == -signal.SIGKILL
+    assert list(tmp_path.glob(".*batchrun-tmp"))
+    if again == "collect":
+        assert run_command(["collect", "in.results.parquet"]) == 0
+    else:
+        server = mock()
+        assert submit("in.jsonl", "--base-url", server.url, "-m", "m").code == 0
+        assert not state.path.exists()
+    assert not list(tmp_path.glob(".*batchrun-tmp"))
+
+
+def test_a_stopped_run_of_dicts_can_be_collected(mock: StartMock) -> None:
+    server = mock(Knobs(models=("other",)))
+    rows = [{"n": n, "prompt": f"Question {n}?"} for n in range(ROWS)]
+    for given in (rows, pa.Table.from_pylist(rows)):
+        summary = batchrun.submit(given, "out.parquet", base_url=server.url, model="m")
+        assert summary.exit_code == 4
+        assert run_command(["collect", "out.parquet"]) == 0
+        assert pq.read_table("out.partial.parquet").schema.names[:2] == ["n", "prompt"]
