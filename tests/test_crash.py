@@ -33,6 +33,7 @@ def command(server: MockServerThread) -> tuple[object, ...]:
     return ("submit", "in.jsonl", "-o", "out.parquet", "--base-url", server.url, "-m", "m")
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_no_answer_is_lost_and_none_asked_for_again(tmp_path: Path) -> None:
     # Another story every time: what fails names its seed.
     seed = random.SystemRandom().randrange(1_000_000)
@@ -107,6 +108,7 @@ def test_a_state_that_is_removed_never_lets_two_in(launcher: Launcher, tmp_path:
 # Read while it is written
 
 
+@pytest.mark.slow
 def test_readers_never_see_half_a_file(launcher: Launcher, tmp_path: Path) -> None:
     output = tmp_path / "out.parquet"
     over = threading.Event()

@@ -162,6 +162,7 @@ def cases() -> Iterator[tuple[str, str, int]]:
 
 @pytest.mark.skipif(bool(NO_TRACE), reason=NO_TRACE)
 @pytest.mark.parametrize(("call", "error", "n"), list(cases()))
+@pytest.mark.slow
 def test_a_failing_system_call_ends_well_and_the_rerun_repeats_nothing(
     call: str,
     error: str,
@@ -231,6 +232,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_earlier_output_as_it_was(
 
 
 @pytest.mark.skipif(bool(NO_TRACE), reason=NO_TRACE)
+@pytest.mark.slow
 def test_the_answers_of_a_second_share_one_fdatasync(
     server: MockServerThread, tmp_path: Path
 ) -> None:

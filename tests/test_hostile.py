@@ -105,6 +105,7 @@ def of_kind(kind: str, request: MockRequest) -> MockReply:
         ("invalid_utf8", "invalid_response", "not_utf8"),
     ],
 )
+@pytest.mark.slow
 def test_a_hostile_reply_fails_its_row_and_no_other(
     kind: str,
     error_kind: str,
@@ -138,6 +139,7 @@ def test_a_hostile_reply_fails_its_row_and_no_other(
     ],
     ids=["bodies", "streams", "all kinds"],
 )
+@pytest.mark.slow
 def test_hostile_replies_all_at_once_cost_little_memory(
     kinds: list[str],
     launcher: Launcher,

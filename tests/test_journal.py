@@ -348,6 +348,7 @@ def lay(state: Path, data: bytes) -> None:
     first_segment(state).write_bytes(data)
 
 
+@pytest.mark.slow
 def test_a_cut_at_any_byte_keeps_every_record_before_it(state: Path, written: Written) -> None:
     for offset in range(written.start, len(written.bytes)):
         lay(state, written.bytes[:offset])

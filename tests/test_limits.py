@@ -354,6 +354,7 @@ def test_requests_and_tokens_are_taken_together_or_not_at_all() -> None:
 @pytest.mark.parametrize("source", ["--rpm", "mistral", "openai"])
 @pytest.mark.parametrize("depth", [5, 100, 6000])
 @pytest.mark.parametrize("service_s", [0.05, 1.0])
+@pytest.mark.slow
 def test_a_quota_is_used_whole_and_hardly_ever_refused(
     source: str, depth: int, service_s: float
 ) -> None:
@@ -701,6 +702,7 @@ def test_a_wait_beyond_max_wait_ends_the_run_and_says_when_the_limit_resets() ->
 @pytest.mark.parametrize("slots", [4, 32, 256])
 @pytest.mark.parametrize("queue", [None, 0.25, 1.0], ids=["unbounded", "short", "long"])
 @pytest.mark.parametrize("spread", ["constant", "even", "exponential"])
+@pytest.mark.slow
 def test_unknown_capacity_is_found(slots: int, queue: float | None, spread: str) -> None:
     def server() -> Server:
         service_s = {"even": even(0.25), "exponential": exponential(0.25)}.get(spread, 0.25)
@@ -734,6 +736,7 @@ def test_a_run_finds_its_pace_again_when_capacity_halves(slots: int, queue: floa
 @pytest.mark.parametrize("spread", ["even", "exponential"])
 @pytest.mark.parametrize("queue", [None, 0.5, 2.0], ids=["unbounded", "short", "long"])
 @pytest.mark.parametrize(("before", "after"), [(16, 64), (16, 256), (32, 256), (64, 80)])
+@pytest.mark.slow
 def test_capacity_that_grows_is_used(
     before: int, after: int, queue: float | None, spread: str
 ) -> None:
@@ -835,6 +838,7 @@ def test_a_window_far_too_large_is_found_out_at_once() -> None:
 
 
 @pytest.mark.parametrize("service_s", [0.05, 1.0])
+@pytest.mark.slow
 def test_refusals_at_random_do_not_starve_the_run(service_s: float) -> None:
     settings = LimitSettings(max_concurrency=256)
     run = Run(Server(service_s=service_s, refuses_at_random=0.1), settings).until(40)

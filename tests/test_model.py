@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
+import pytest
 from crash_harness import Launcher
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -406,6 +407,7 @@ def _carried(path: Path) -> list[int]:
     return [json.loads(line)["batchrun"]["input"]["n"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_no_order_of_steps_loses_replaces_or_asks_again() -> None:
     with Launcher() as launcher:
         world = World(launcher)

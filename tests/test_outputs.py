@@ -645,6 +645,7 @@ except LocalIOError as error:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("limit", [1, 100, 3_000_000, 9_000_000])
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(old: Path, fmt: OutputFormat, limit: int) -> None:
     root = str(Path(__file__).parent.parent)
     command = [sys.executable, "-W", "error", "-c", FULL_DISK, str(old), fmt, str(limit), root]

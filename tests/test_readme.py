@@ -23,6 +23,7 @@ import termios
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -655,6 +656,7 @@ def test_every_exit_code_told_is_tried() -> None:
 
 
 @pytest.mark.parametrize("code", ENDS)
+@pytest.mark.slow
 def test_every_exit_code_comes_with_the_object_told_here(
     code: int, checkout: Path, mock: StartMock
 ) -> None:
@@ -685,18 +687,19 @@ def test_a_skipped_run_says_so_in_its_object(checkout: Path) -> None:
 # Promises, links, length
 
 
+@cache
+def functions_of(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
+
+
 def test_every_promise_names_a_test_that_exists() -> None:
     promises = table("promises")
     assert len(promises) > 20
     for promise, where in promises:
         file, _, name = where.strip("`").partition("::")
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-        functions = {
-            node.name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        }
-        assert name in functions, f"{promise}: {where}"
+        assert name in functions_of(ROOT / "tests" / file), f"{promise}: {where}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

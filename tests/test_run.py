@@ -122,6 +122,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("rows", "seed"), [(10_000, 0), (300, 1), (300, 2)])
+@pytest.mark.slow
 def test_every_row_ends_once_in_input_order_and_the_tokens_add_up(
     rows: int, seed: int, mock: StartMock, submit: Submit
 ) -> None:
@@ -209,6 +210,7 @@ def test_a_row_that_cannot_become_a_request_is_an_error_row_and_stops_nothing(
 # Killed and run again
 
 
+@pytest.mark.slow
 def test_no_journaled_answer_is_asked_again_after_kill_9(
     mock: StartMock, submit: Submit, tmp_path: Path, running: StartRun
 ) -> None:
@@ -240,6 +242,7 @@ def test_no_journaled_answer_is_asked_again_after_kill_9(
     assert not Path("in.results.parquet.batchrun").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_completes(
     mock: StartMock, submit: Submit, running: StartRun
 ) -> None:
@@ -747,6 +750,7 @@ def test_an_output_without_a_directory_is_a_usage_error(
     assert server.ledger.requests == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_what_was_written_counts(
     mock: StartMock, submit: Submit, running: StartRun
 ) -> None:
@@ -798,6 +802,7 @@ def refused(kind: str) -> Respond:
         ("redirect", "redirects to"),
     ],
 )
+@pytest.mark.slow
 def test_an_endpoint_that_refuses_ends_the_run_and_blames_no_row(
     kind: str, said: str, mock: StartMock, submit: Submit
 ) -> None:

@@ -130,6 +130,7 @@ REPLIES: dict[str, Respond] = {
 
 
 @pytest.mark.parametrize("name", REPLIES)
+@pytest.mark.slow
 def test_a_key_that_the_endpoint_quotes_is_found_nowhere(
     name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

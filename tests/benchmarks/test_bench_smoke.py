@@ -29,6 +29,7 @@ def table(printed: str) -> dict[str, list[str]]:
 
 # Without the option it takes nginx where nginx is, and says so where it is not.
 @pytest.mark.parametrize("options", [("--stand-in",), ()], ids=["mock-server", "best-upstream"])
+@pytest.mark.slow
 def test_the_smallest_profile_compares_batchrun_with_the_bare_loops(
     options: tuple[str, ...],
 ) -> None:
