@@ -21,13 +21,14 @@ import click
 import msgspec
 from msgspec import Struct
 
-from batchrun import report, secret
+from batchrun import process, report, secret, terminal
 from batchrun.config import STDIN, STDOUT, VERSION, RunConfig, output_format
 from batchrun.errors import (
     EXIT_BUG,
     EXIT_OK,
     EXIT_USAGE,
     BatchrunError,
+    LocalIOError,
     Locked,
     NoKey,
     UsageError,
@@ -56,6 +57,7 @@ from batchrun.options import (
     Layer,
     Options,
     build_config,
+    is_text,
     key_variables,
     parse_headers,
 )
@@ -146,7 +148,7 @@ def _submit(options: Options, config: RunConfig) -> int:
         else:
             _say_the_end(summary, config, talk, quiet=options.quiet)
     if options.json:
-        click.echo(report.to_json(summary), nl=False)
+        _print(report.to_json(summary))
     return summary.exit_code
 
 
@@ -190,7 +192,7 @@ def validate(ctx: click.Context, /, show: int, **values: object) -> int:
             raise UsageError("--json and --show both write to stdout; choose one")
         facts = views.validate(build_config(options, given, sends=False), show)
         for body in facts.bodies:
-            click.echo(body)
+            _print(f"{body}\n".encode())
         _tell(facts, report.validate_block(facts), as_json=options.json)
         return facts.exit_code
 
@@ -238,6 +240,8 @@ def collect(
             raise UsageError("--json and -o - both write to stdout; choose one")
         if output is not None:
             output_format(output)
+            if not is_text(output):
+                raise UsageError(f"-o {output}: a name that is not UTF-8; choose another")
         state_dir = None if state is None else Path(state)
         facts = views.collect(collected_from, state_dir, output)
         _tell(facts, report.collect_block(facts), as_json=json)
@@ -262,9 +266,10 @@ def models(ctx: click.Context, /, **values: object) -> int:
         config = build_config(msgspec.structs.replace(options, json=False), given)
         names = asyncio.run(views.models(config))
         if as_json:
-            click.echo(report.models_json(names), nl=False)
+            _print(report.models_json(names))
         else:
-            click.echo("".join(f"{name}\n" for name in names), nl=False)
+            lines = (f"{terminal.one_line(name)}\n" for name in names)
+            _print("".join(lines).encode())
         return EXIT_OK
 
 
@@ -345,8 +350,8 @@ def mock_server(
 
 
 def _say_where(url: str) -> None:
-    click.echo(f"{'serving':<10}{url}/v1   (Ctrl-C ends it)", err=True)
-    click.echo(f"{'next':<10}batchrun submit INPUT --base-url {url} -m mock-small", err=True)
+    _say(f"{'serving':<10}{url}/v1   (Ctrl-C ends it)")
+    _say(f"{'next':<10}batchrun submit INPUT --base-url {url} -m mock-small")
 
 
 def parse_fault(text: str) -> tuple[str, float]:
@@ -386,9 +391,9 @@ def show_help(ctx: click.Context, topic: str | None) -> int:
 
 def _tell(facts: Struct, block: str, *, as_json: bool) -> None:
     if as_json:
-        click.echo(report.to_json(facts), nl=False)
+        _print(report.to_json(facts))
     else:
-        click.echo(block, err=True)
+        _say(block)
 
 
 # The boundary
@@ -411,7 +416,7 @@ def _given(ctx: click.Context) -> Given:
 
 def _warn(given: Given) -> None:
     for warning in unknown_variables(given.environ, cli.commands):
-        click.echo(f"{'note':<10}{warning}", err=True)
+        _say(f"{'note':<10}{terminal.one_line(warning)}")
 
 
 @contextlib.contextmanager
@@ -427,7 +432,9 @@ def _talk(options: Options) -> Iterator[Progress]:
         talk.end()
         talk.close()
         if log_file is not None:
-            log_file.close()
+            # What a full disk did not take is still in it; the writer has said so.
+            with contextlib.suppress(OSError):
+                log_file.close()
 
 
 def _open_log(path: str | None) -> TextIO | None:
@@ -448,9 +455,13 @@ def _ends_in_json(wanted: bool, inputs: Sequence[str]) -> Iterator[None]:
     """Print the object that ``--json`` promises also when the command ends in an exception."""
     try:
         yield
+    except _NoStdout:
+        raise
     except (BatchrunError, _Bug, KeyboardInterrupt) as exc:
         if wanted:
-            click.echo(report.to_json(report.error_summary(exc, VERSION, inputs)), nl=False)
+            # What ended the command is more than that nobody can be told on stdout.
+            with contextlib.suppress(_NoStdout):
+                _print(report.to_json(report.error_summary(exc, VERSION, inputs)))
         raise
 
 
@@ -461,8 +472,25 @@ def _without_secrets(given: Given, options: Options) -> Iterator[None]:
         yield
     except (BatchrunError, BrokenPipeError, click.ClickException):
         raise
-    except Exception:
+    except Exception as exc:
+        if (trouble := _of_the_machine(exc)) is not None:
+            raise trouble from exc
         raise _Bug(_scrubber(given, options).scrub(traceback.format_exc())) from None
+
+
+def _of_the_machine(exc: BaseException) -> LocalIOError | None:
+    """What the machine did not give, wherever in a run it was asked for it; None for a bug."""
+    if isinstance(exc, BaseExceptionGroup):
+        return next(filter(None, map(_of_the_machine, exc.exceptions)), None)
+    if isinstance(exc, MemoryError) or "can't start new thread" in str(exc):
+        return LocalIOError(
+            "not enough memory, or a limit on it (ulimit -v, a container's); answers are saved:"
+            " give it more, or use fewer -c, and run the same command again"
+        )
+    if isinstance(exc, OSError):
+        where = f"{os.fsdecode(exc.filename)}: " if isinstance(exc.filename, (str, bytes)) else ""
+        return LocalIOError(f"{where}{exc.strerror or exc}")
+    return None
 
 
 def _scrubber(given: Given, options: Options) -> Scrubber:
@@ -481,12 +509,16 @@ def _scrubber(given: Given, options: Options) -> Scrubber:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The console script."""
     args = list(sys.argv[1:] if argv is None else argv)
+    process.hold_standard_streams()
+    code = EXIT_OK  # also when whoever reads our output has gone
     try:
-        sys.exit(run_command(args))
-    except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter's own flush must not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_OK)
+        with contextlib.suppress(BrokenPipeError):
+            code = run_command(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _forget_stdout()
+    sys.exit(code)
 
 
 def run_command(args: list[str]) -> int:
@@ -496,7 +528,6 @@ def run_command(args: list[str]) -> int:
         return EXIT_USAGE
     try:
         code = cli.main(args, prog_name="batchrun", standalone_mode=False, obj=args)
-        sys.stdout.flush()
         return int(code or EXIT_OK)
     except BatchrunError as exc:
         _say(report.error_text(exc))
@@ -516,7 +547,10 @@ def run_command(args: list[str]) -> int:
         raise
     except _Bug as exc:
         return _bug(str(exc))
-    except Exception:
+    except Exception as exc:
+        if (trouble := _of_the_machine(exc)) is not None:
+            _say(report.error_text(trouble))
+            return trouble.exit_code
         return _bug(traceback.format_exc())
 
 
@@ -529,6 +563,29 @@ def _bug(text: str) -> int:
     return EXIT_BUG
 
 
+class _NoStdout(LocalIOError):
+    """Standard output takes nothing."""
+
+
+def _print(text: bytes) -> None:
+    """Print UTF-8 on stdout, whatever the locale, and know that it has arrived."""
+    if sys.stdout is None:
+        raise _NoStdout("standard output is closed: nothing can be printed there")
+    try:
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        _forget_stdout()
+        raise _NoStdout(f"standard output cannot be written: {exc.strerror}") from exc
+
+
+def _forget_stdout() -> None:
+    # The interpreter flushes once more at its end, and would complain again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _say(text: str) -> None:
     """Print on stderr; one that takes nothing (a full disk, a paused reader) changes no exit code.
 
@@ -538,7 +595,7 @@ def _say(text: str) -> None:
 
     def echo() -> None:
         with contextlib.suppress(OSError, ValueError):
-            click.echo(text, err=True)
+            click.echo(terminal.lines(text), err=True)
 
     speaking = threading.Thread(target=echo, daemon=True)
     speaking.start()

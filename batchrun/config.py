@@ -32,6 +32,8 @@ STDOUT = "-"
 API_PATH = "/chat/completions"
 STATE_SUFFIX = ".batchrun"
 MAX_CONCURRENCY = 512
+# More of anything than a machine can count or wait for; clocks and 64-bit integers end there too.
+TOO_MUCH = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +122,16 @@ class RunConfig:
         _positive("--max-wait", self.max_wait_s)
         _positive("--max-outage", self.max_outage_s)
         _positive("--limit", self.limit)
+        _positive("--deadline", self.deadline_s)
         for flag, value in (
             ("--max-retries", self.max_retries),
             ("--max-in-doubt-retries", self.max_in_doubt_retries),
             ("--abort-after", self.abort_after),
             ("--drain", self.drain_s),
         ):
-            if value < 0:
-                raise UsageError(f"{flag} {value}: must not be negative")
+            if not 0 <= value < TOO_MUCH:
+                what = "must not be negative" if value < 0 else "is too much"
+                raise UsageError(f"{flag} {_shown(value)}: {what}")
         if self.prompt_column is not None and self.shape not in (None, "prompt"):
             raise UsageError(f"--prompt-column goes with --shape prompt, not with {self.shape}")
 
@@ -184,5 +188,10 @@ def output_format(output: str) -> OutputFormat:
 
 
 def _positive(flag: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise UsageError(f"{flag} {value:g}: must be greater than 0")
+    if value is not None and not 0 < value < TOO_MUCH:
+        what = "must be greater than 0" if value <= 0 else "is no number to count with"
+        raise UsageError(f"{flag} {_shown(value)}: {what}")
+
+
+def _shown(value: float) -> str:
+    return f"{value:g}" if abs(value) < TOO_MUCH else f"{value}"[:20]

@@ -38,6 +38,8 @@ def read_config_file(path: str, commands: Mapping[str, click.Command], command: 
         raise UsageError(f"--config {path}: {exc.strerror}") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise UsageError(f"--config {path}: not TOML: {exc}") from exc
+    except RecursionError as exc:
+        raise UsageError(f"--config {path}: nests too deep") from exc
     known = {name: settable(command) for name, command in commands.items()}
     everywhere = set().union(*known.values())
     shared = {key: value for key, value in tree.items() if key not in commands}

@@ -226,6 +226,9 @@ class _Search:
             self._skip(path, "made by batchrun")
         elif _format_of(path)[0] is None:
             self._skip(path, "not JSONL or Parquet")
+        elif path.exists() and not path.is_file():
+            # To open a pipe that nobody writes to is to wait for ever.
+            self._skip(path, "not a regular file")
         else:
             self.files.append(_input_file(path, str(path), self._format))
 
@@ -828,6 +831,8 @@ def _mapped_errors(file: InputFile) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
         raise _packed_badly(file, cut=isinstance(exc, EOFError)) from exc
+    except UnicodeEncodeError as exc:
+        raise UsageError(f"{file.name}: a table of a name that is not UTF-8; rename it") from exc
     except pa.ArrowException as exc:
         raise LocalIOError(f"{file.name}: {_table_trouble(file, exc)}") from exc
     except OSError as exc:
@@ -855,6 +860,8 @@ def _table_trouble(file: InputFile, exc: BaseException) -> str:
             end = raw.read(4)
     except OSError:
         end = b""
+    if end == b"PARE":
+        return "is encrypted Parquet, which cannot be read; decrypt it first"
     if end != b"PAR1":
         return "is cut short (a Parquet file without its end); copy or write it again"
     first_line = str(exc).strip().splitlines()[0][:200] if str(exc).strip() else type(exc).__name__

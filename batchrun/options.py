@@ -37,6 +37,7 @@ from batchrun.secret import Secret, hidden_in_url
 from batchrun.types import Shape
 
 ENV_PREFIX = "BATCHRUN_"
+MAX_DEPTH = 100
 DEFAULTS = RunConfig(inputs=(), output=STDOUT, output_format="jsonl")
 
 
@@ -126,6 +127,7 @@ def build_config(options: Options, given: Given, *, sends: bool = True) -> RunCo
 
     Without ``sends`` no key is demanded or read, and several inputs need no output.
     """
+    _check_text(options)
     output = _settled_output(options) if sends else STDOUT
     if sends and options.json and output == STDOUT:
         raise UsageError("--json and -o - both write to stdout; choose one")
@@ -175,9 +177,30 @@ def build_config(options: Options, given: Given, *, sends: bool = True) -> RunCo
     )
 
 
+# A file may be called by any bytes; a request holds text.
+_PATHS = frozenset({"inputs", "state", "api_key_file", "log_file"})
+
+
+def _check_text(options: Options) -> None:
+    for name in Options.__struct_fields__:
+        value = getattr(options, name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and name not in _PATHS and not is_text(text):
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag}: holds bytes that are not UTF-8 text; convert it first")
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold ``text``; what was typed in another encoding has lone surrogates."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _settled_output(options: Options) -> str:
     if options.output is None:
-        return default_output(options.inputs, mock=options.mock)
+        named = default_output(options.inputs, mock=options.mock)
+        if not is_text(named):
+            raise UsageError(f"{named}: a name that is not UTF-8; name the output with -o")
+        return named
     if options.output != STDOUT and any(
         Path(path).exists() and Path(path).resolve() == Path(options.output).resolve()
         for path in options.inputs
@@ -258,6 +281,8 @@ def _env_params(environ: Mapping[str, str]) -> dict[str, JSONValue]:
     text = environ.get(f"{ENV_PREFIX}PARAM", "")
     if not text:
         return {}
+    if not is_text(text):
+        raise UsageError(f"{ENV_PREFIX}PARAM: holds bytes that are not UTF-8 text")
     try:
         value = strict_json(text)
     except ValueError:
@@ -279,8 +304,33 @@ def parse_param(text: str) -> tuple[str, JSONValue]:
 
 
 def strict_json(text: str) -> Any:
-    """JSON as the RFC has it, with every number finite; else ValueError."""
-    return json.loads(text, parse_constant=_not_json, parse_float=_finite)
+    """JSON as the RFC has it, with every number finite; else ValueError.
+
+    UsageError when it nests deeper than anything that reads it later could follow.
+    """
+    try:
+        value = json.loads(text, parse_constant=_not_json, parse_float=_finite)
+        is_deep = _is_deep(value)
+    except RecursionError:
+        is_deep = True
+    if is_deep:
+        raise UsageError(f"a parameter nests more than {MAX_DEPTH} levels deep")
+    if "\\u" in text and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise UsageError("a parameter holds half of a surrogate pair (such as \\ud800)")
+    return value
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+        level = below
+    return bool(level)
 
 
 def _not_json(text: str) -> NoReturn:

@@ -79,6 +79,25 @@ def signals(
             loop.remove_signal_handler(signum)
 
 
+def hold_standard_streams() -> None:
+    """Put nothing in the place of a closed stdin, stdout or stderr.
+
+    Otherwise the next file that is opened gets its number, and with it whatever anybody prints.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def stdout() -> BinaryIO:
+    """Standard output for bytes; UsageError when it is closed."""
+    if sys.stdout is None:
+        raise UsageError("-o -: standard output is closed")
+    return sys.stdout.buffer
+
+
 def stdin(check: Callable[[], None]) -> BinaryIO:
     """Standard input, whose reads end with whatever ``check`` raises, also while nothing comes."""
     if sys.stdin is None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
 from msgspec import Struct
 
+from batchrun import terminal
 from batchrun.types import Bound
 from batchrun.words import count, duration, rate
 
@@ -77,8 +78,8 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now().astimezone(),
     ) -> None:
-        stream = sys.stderr if stream is None else stream
-        self.is_tty = stream.isatty() if is_tty is None else is_tty
+        stream = sys.stderr if stream is None else stream  # None again where it is closed
+        self.is_tty = stream is not None and stream.isatty() if is_tty is None else is_tty
         self._width = min(BAR_WIDTH, shutil.get_terminal_size().columns - ECHO_WIDTH)
         self._quiet = quiet
         self._verbose = verbose
@@ -94,7 +95,7 @@ class Progress:
     def print_block(self, block: str, lines: Iterable[str] = ()) -> None:
         """Print ``block`` on a terminal; elsewhere, and in the log file, ``lines`` with a time."""
         stamped = [self._stamped(line) for line in lines]
-        self._writer.ask(_Lines(block.splitlines() if self.is_tty else stamped, stamped))
+        self._writer.ask(_Lines(block.split("\n") if self.is_tty else stamped, stamped))
 
     def note(self, text: str, *, label: str = "note") -> None:
         """Print one line under a label without breaking the bar."""
@@ -138,7 +139,7 @@ class Progress:
         if self.is_tty:
             elapsed_s = now_s - self._started_s
             tail = bar_tail(snapshot, self._speed, elapsed_s, self._width, stall)
-            self._writer.move_bar(snapshot.done, tail)
+            self._writer.move_bar(snapshot.done, terminal.one_line(tail))
         if now_s >= self._next_line_s:
             self._next_line_s = now_s + MINUTE_S
             line = self._stamped(minute_line(snapshot, self._speed, stall))
@@ -396,8 +397,11 @@ class _Writer:
         if lines.logged and self._log_file is not None:
             try:
                 _write_lines(self._log_file, lines.logged)
-            except (OSError, ValueError):
+            except (OSError, ValueError) as exc:
                 self._log_file = None
+                why = getattr(exc, "strerror", None) or "it was closed"
+                lost = f"{'note':<{LABEL_WIDTH}}the log file cannot be written: {why}"
+                self._guarded(partial(self._show, [lost]))
 
     def _show(self, lines: list[str]) -> None:
         assert self._stream is not None
@@ -453,5 +457,5 @@ def _new_bar(stream: TextIO, bar: _OpenBar) -> tqdm[NoReturn]:
 
 
 def _write_lines(stream: TextIO, lines: list[str]) -> None:
-    stream.write("".join(f"{line}\n" for line in lines))
+    stream.write("".join(f"{terminal.one_line(line)}\n" for line in lines))
     stream.flush()

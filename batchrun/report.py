@@ -19,7 +19,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from batchrun import errors, shell
+from batchrun import errors, shell, terminal
 from batchrun.config import STDOUT, RunConfig
 from batchrun.types import ErrorCount, RowCounts, RunSummary, State, TokenCounts
 from batchrun.words import count, duration, rate, size, verb
@@ -579,7 +579,9 @@ def _next_after_stop(summary: RunSummary) -> list[str]:
 def error_text(error: BaseException) -> str:
     """``batchrun: what, where, what to do``, then the choices, indented."""
     message = error.message if isinstance(error, errors.BatchrunError) else str(error)
-    head, *rest = (message or type(error).__name__).splitlines()
+    # Our own lines go on indented; a name with a break in it must not pass for one of them.
+    message = re.sub(r"\n(?! )", r"\\n", message or type(error).__name__)
+    head, *rest = message.split("\n")
     lines = textwrap.wrap(
         f"batchrun: {head}",
         WIDTH,
@@ -676,7 +678,7 @@ def _bad_rows(facts: ValidateFacts) -> list[str]:
     width = max([9, *map(len, places)]) + 2
     lines = _labelled("bad", count(facts.bad, "row"))
     for where, row in zip(places, facts.bad_rows, strict=True):
-        lines.append(f"{'':<{LABEL_WIDTH}}{where:<{width}}{row.reason}")
+        lines.append(f"{'':<{LABEL_WIDTH}}{where:<{width}}{terminal.one_line(row.reason)}")
     if (more := facts.bad - len(facts.bad_rows)) > 0:
         lines.append(f"{'':<{LABEL_WIDTH}}... and {more:,} more")
     return lines
@@ -848,12 +850,12 @@ def _cut(line: str) -> str:
 
 def _names(files: Sequence[FileFacts]) -> str:
     if len(files) <= 2:
-        return ", ".join(file.name for file in files) or "(no input)"
-    return f"{files[0].name} and {len(files) - 1} more"
+        return ", ".join(terminal.one_line(file.name) for file in files) or "(no input)"
+    return f"{terminal.one_line(files[0].name)} and {len(files) - 1} more"
 
 
 def _output_name(output: str | None) -> str:
-    return "stdout" if output == STDOUT else (output or "nothing")
+    return "stdout" if output == STDOUT else terminal.one_line(output or "nothing")
 
 
 def _some(names: Sequence[str]) -> str:

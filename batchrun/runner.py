@@ -11,7 +11,6 @@ import asyncio
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -483,7 +482,7 @@ class _Run:
             finished_at=now_utc(),
         )
         footer = outputs.publish(
-            sys.stdout.buffer if config.to_stdout else self.target,
+            process.stdout() if config.to_stdout else self.target,
             config.output_format,
             self.plan.carried.schema,
             plan.slices(self.plan, self.book, config, self.stop.check),
@@ -752,6 +751,7 @@ def _reserved(usual: Path, if_locked: IfLocked, stop: Stop) -> Iterator[None]:
 def _check_output(config: RunConfig) -> None:
     """Say at once what would make publishing fail at the end."""
     if config.to_stdout:
+        process.stdout()
         return
     path = Path(config.output)
     if path.is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -12,12 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from batchrun import inputs, lock, outputs, plan, prompts
+from batchrun import inputs, lock, outputs, plan, process, prompts
 from batchrun.accounting import OutputTally
 from batchrun.config import STDIN, STDOUT, VERSION, OutputFormat, RunConfig
 from batchrun.errors import UsageError
 from batchrun.inputs import Batch
 from batchrun.journal import Held, Journal
+from batchrun.options import is_text
 from batchrun.outputs import Footer, FooterRows, PublishedRow, Schema, Slice, Target
 from batchrun.prompts import Invalid
 from batchrun.report import BadRowFacts, CollectFacts, StatusFacts, ValidateFacts
@@ -49,7 +49,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
     with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
         spool = None
         if STDIN in config.inputs:
-            spool = inputs.spool(sys.stdin.buffer, Path(directory))
+            spool = inputs.spool(process.stdin(plan.never_stop), Path(directory))
         files, skipped = inputs.resolve(config.inputs, config.input_format, spool=spool)
         settings = prompt_settings(config)
         sources = plan.lay_out(files, settings, config)
@@ -160,6 +160,8 @@ def collect(output: str, state_dir: Path | None = None, target: str | None = Non
 
     The footer of a collected file says ``complete`` false, so no run takes it for its memory.
     """
+    if not Path(output).name:
+        raise UsageError(f"{output or 'nothing'}: not the name of an output")
     target = target or str(outputs.partial_of(Path(output)))
     state = state_of(output, state_dir)
     book = Journal.peek(state) if has_journal(state) else None
@@ -276,13 +278,13 @@ async def models(config: RunConfig) -> list[str]:
 
 def _footer(output: str) -> Footer | None:
     path = Path(output)
-    return outputs.recognise(path) if path.is_file() else None
+    return outputs.recognise(path) if is_text(output) and path.is_file() else None
 
 
 def _place(target: str, output: str, inputs: Iterable[Path]) -> Target | BinaryIO:
     """Where to write. UsageError when it is the output, an input, or not batchrun's to replace."""
     if target == STDOUT:
-        return sys.stdout.buffer
+        return process.stdout()
     path = Path(target)
     if os.path.realpath(target) == os.path.realpath(output):
         raise UsageError(f"-o {target}: that is the output itself; name another file")

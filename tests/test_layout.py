@@ -24,7 +24,16 @@ PACKAGE = ROOT / "batchrun"
 
 # Bottom up. A room imports from lower layers only: those of one layer ignore each other.
 LAYERS = (
-    {"errors", "types", "config", "providers", "secret", "shell", "words"},  # vocabulary
+    {
+        "errors",
+        "types",
+        "config",
+        "providers",
+        "secret",
+        "shell",
+        "terminal",
+        "words",
+    },  # vocabulary
     {"quota", "window"},  # the two halves of limits
     {
         "prompts",
