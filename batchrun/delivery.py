@@ -275,11 +275,8 @@ class _Desk:
         for refused in slots:
             self._journal.reopen(refused)
         self.reopened = len(slots)
-        self.stop(
-            EndpointRefused(
-                f"the first {len(slots)} rows all failed the same way: {decision.reason}"
-            )
-        )
+        first = f"{len(slots):,} rows all failed the same way" if slots[1:] else "row failed"
+        self.stop(EndpointRefused(f"the first {first}: {decision.reason}"))
 
 
 def _no_pool_yet(cause: BatchrunError) -> None:

@@ -196,6 +196,20 @@ def test_a_second_signal_leaves_a_clean_terminal(mock: StartMock, running: Start
     assert not last.rstrip("\r").rpartition("\r")[2].strip()
 
 
+def test_the_bar_and_the_last_line_tell_one_speed(mock: StartMock, running: StartRun) -> None:
+    server = mock(Knobs(latency_s=0.2))
+    ours, theirs = pty.openpty()
+    with (
+        io.FileIO(ours) as screen,
+        running("in.jsonl", *options(server), stderr=theirs) as process,
+    ):
+        os.close(theirs)
+        text = read_until(screen, b"head -n 3\r\n").decode()
+        assert process.wait(WAIT_S) == 0
+    bar, done = re.findall(r"([\d.]+) rows/s", text)[-2:]
+    assert float(bar) == pytest.approx(float(done), rel=0.05)
+
+
 def read_until(screen: io.FileIO, words: bytes) -> bytes:
     text = b""
     while words not in text:
