@@ -147,14 +147,16 @@ class Stop:
             pool.stop(self.cause)
 
     def now(self, cause: BatchrunError) -> None:
-        self.cause = cause
+        # A signal outranks a deadline, whichever came first.
+        if self.cause is None or isinstance(cause, Interrupted):
+            self.cause = cause
         self.requested.set()
         if self._pool is not None and (number := self._pool.in_flight):
             its = "its" if number == 1 else "their"
             coming = f"{count(number, 'answer')} {verb(number, 'are')} on {its} way"
+            how = " (Ctrl-C: stop now)" if isinstance(cause, Interrupted) else ""
             self._talk.note(
-                f"{coming}, waiting up to {duration(self._config.drain_s)} (Ctrl-C: stop now)",
-                label="stopping",
+                f"{coming}, waiting up to {duration(self._config.drain_s)}{how}", label="stopping"
             )
         if self._pool is not None:
             self._pool.stop(cause)

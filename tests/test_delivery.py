@@ -30,6 +30,7 @@ import pytest
 from batchrun import runner
 from batchrun.api import make_config
 from batchrun.cli import run_command
+from batchrun.errors import Interrupted, StoppedEarly
 from batchrun.journal import Journal
 from batchrun.mock_server import (
     Knobs,
@@ -172,6 +173,16 @@ def test_a_second_signal_ends_it_at_once(mock: StartMock, running: StartRun) -> 
     assert summary["request_models"] == ["m"]
     assert "at once: 5 of 40 rows answered and saved, 35 waiting" in ended.err
     assert "4 requests were on their way and may be billed without an answer" in ended.err
+
+
+@pytest.mark.parametrize("first", ["signal", "deadline"])
+def test_a_signal_outranks_a_deadline(first: str) -> None:
+    stop = runner.Stop(make_config("in.jsonl", mock=True), Progress(quiet=True))
+    causes = [partial(stop.on_signal, signal.SIGINT), partial(stop.now, StoppedEarly("too late"))]
+    for act in causes if first == "signal" else causes[::-1]:
+        act()
+    with pytest.raises(Interrupted):
+        stop.check()
 
 
 def test_a_second_signal_leaves_a_clean_terminal(mock: StartMock, running: StartRun) -> None:
