@@ -116,7 +116,11 @@ def _try_lock(state: Path) -> int | None:
             continue  # its holder finished and removed the directory just now
         if _flock(fd, fcntl.LOCK_EX):
             if _is_still(fd, directory.lock):
-                directory.mark(made=made)
+                try:
+                    directory.mark(made=made)
+                except BaseException:
+                    os.close(fd)
+                    raise
                 return fd
         elif not _flock(fd, fcntl.LOCK_SH):
             os.close(fd)

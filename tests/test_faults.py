@@ -50,8 +50,8 @@ FILES = (
     *(f"{STATE}/status.json.new", f"{STATE}/run.json.new"),
 )
 CALLS = (
-    Call("openat", "EIO", 17),
-    Call("openat", "ENOSPC", 17),
+    Call("openat", "EIO", 22),
+    Call("openat", "ENOSPC", 22),
     Call("write", "EIO", 11),
     Call("write", "ENOSPC", 11),
     Call("fsync", "EIO", 2),
@@ -66,7 +66,10 @@ CALLS = (
     Call("pwrite64", "ENOSPC", 1),
     Call("ftruncate", "EIO", 1),
     Call("mkdir", "ENOSPC", 1),
-    Call("unlink", "EIO", 5),
+    Call("renameat", "EIO", 1),
+    Call("unlink", "EIO", 2),
+    Call("unlinkat", "EIO", 5),
+    Call("rmdir", "EIO", 1),
     Call("getdents64", "EIO", 12),
     Call("flock", "EIO", 1),
 )
