@@ -31,6 +31,7 @@ STDIN = "-"
 STDOUT = "-"
 API_PATH = "/chat/completions"
 STATE_SUFFIX = ".batchrun"
+CURRENT = "/./"  # in a path: what stands before it is only where the rest lies
 MAX_CONCURRENCY = 512
 # More of anything than a machine can count or wait for; clocks and 64-bit integers end there too.
 TOO_MUCH = 1e12

@@ -27,6 +27,7 @@ from hashlib import blake2b
 from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, NamedTuple, Protocol, TypeAlias, cast
+from urllib.parse import unquote
 from uuid import UUID
 
 import msgspec
@@ -36,7 +37,7 @@ from msgspec import Struct
 
 from batchrun import foreign
 from batchrun.answers import ANSWER_COLUMNS
-from batchrun.config import STDIN, InputFormat, JSONValue
+from batchrun.config import CURRENT, STDIN, InputFormat, JSONValue
 from batchrun.errors import LocalIOError, StoppedEarly, UsageError
 from batchrun.files import make_durable
 from batchrun.prompts import CUSTOM_ID, json_text, without_surrogates
@@ -69,6 +70,7 @@ _SUFFIXES: Final[Mapping[str, InputFormat]] = {
     ".parquet": "parquet",
 }
 _COMPRESSIONS: Final[Mapping[str, Compression]] = {".gz": "gz", ".zst": "zst"}
+_HIVE_NULL: Final = "__HIVE_DEFAULT_PARTITION__"
 _COMPRESSED: Final[Mapping[bytes, Compression]] = {
     b"\x1f\x8b": "gz",
     b"\x28\xb5\x2f\xfd": "zst",
@@ -97,7 +99,10 @@ class Fingerprint(NamedTuple):
 
 
 class InputFile(Struct, frozen=True):
-    """One file to read. ``name`` is how people know it."""
+    """One file to read. ``name`` is how people know it.
+
+    ``folders`` are the columns that ``key=value`` folders on the way to it give to every row.
+    """
 
     path: Path
     name: str
@@ -105,6 +110,7 @@ class InputFile(Struct, frozen=True):
     compression: Compression
     fingerprint: Fingerprint
     size_bytes: int
+    folders: tuple[tuple[str, str | None], ...] = ()
 
 
 class Resolved(NamedTuple):
@@ -131,6 +137,7 @@ def resolve(
     """
     search = _Search(input_format, output, alone=len(paths) == 1)
     for path in paths:
+        search.begin(path)
         if path == STDIN:
             if spool is None:
                 raise UsageError("-: standard input was not kept in a state directory")
@@ -161,6 +168,17 @@ class _Search:
         self._format = input_format
         self._output = output
         self._alone = alone
+        self._outside = 0
+
+    def begin(self, path: str) -> None:
+        """Search ``path``. Folders before a ``/./`` in it are only where it lies, as for rsync."""
+        root, mark, _ = path.rpartition(CURRENT)
+        self._outside = len(Path(root or "/").parts) if mark else 0
+
+    def _add(self, path: Path) -> None:
+        file = _input_file(path, str(path), self._format)
+        folders = _columns_of_folders(path.parent.parts[self._outside :])
+        self.files.append(msgspec.structs.replace(file, folders=folders))
 
     def add_spool(self, path: Path) -> None:
         file = _input_file(path, path.stem, self._format, magic=True)
@@ -168,7 +186,7 @@ class _Search:
 
     def add_literal(self, path: Path) -> None:
         if not self._is_output(path):
-            self.files.append(_input_file(path, str(path), self._format))
+            self._add(path)
         elif self._alone:
             raise UsageError(f"{path}: is the output of this run and cannot be its input")
         else:
@@ -230,7 +248,7 @@ class _Search:
             # To open a pipe that nobody writes to is to wait for ever.
             self._skip(path, "not a regular file")
         else:
-            self.files.append(_input_file(path, str(path), self._format))
+            self._add(path)
 
     def _skip(self, path: Path, why: str) -> None:
         self.skipped.append(f"{without_surrogates(str(path))} ({why})")
@@ -241,6 +259,13 @@ class _Search:
         return path.absolute() == self._output.absolute() or (
             path.exists() and self._output.exists() and path.samefile(self._output)
         )
+
+
+def _columns_of_folders(folders: Iterable[str]) -> tuple[tuple[str, str | None], ...]:
+    """The columns of folders named as Hive, Spark and DuckDB name the parts of a table."""
+    pairs = (folder.partition("=") for folder in folders)
+    found = {unquote(key): unquote(value) for key, equals, value in pairs if key and equals}
+    return tuple((key, None if value == _HIVE_NULL else value) for key, value in found.items())
 
 
 def _input_file(
@@ -321,6 +346,8 @@ def content_digest(files: Iterable[InputFile]) -> str:
     digest = blake2b(digest_size=16)
     for file in files:
         digest.update(f"{file.format} {file.compression} {file.size_bytes}\n".encode())
+        if file.folders:
+            digest.update(json.dumps(file.folders).encode())
         with _mapped_errors(file), file.path.open("rb") as source:
             while piece := source.read(_READ_BYTES):
                 digest.update(piece)
@@ -436,7 +463,9 @@ def head(file: InputFile, rows: int = HEAD_ROWS) -> tuple[list[str], list[Row]]:
             batches = table.iter_batches(size, use_threads=False)
             first = next(batches, None)
             found = [] if first is None else _rows_of(first)
-            return table.schema_arrow.names, [row for row in found if isinstance(row, dict)]
+            found = _with_folders(file, found)
+            names = _schema_of(file, table).names
+            return names, [row for row in found if isinstance(row, dict)]
     return _head_of_lines(file, rows)
 
 
@@ -485,7 +514,7 @@ def _read_lines(file: InputFile, carry: Carried | None) -> Iterator[Batch]:
     nothing = True
     first = 1
     for lines, _ in _lines(file):
-        batch = _batch_of(first, lines, carry)
+        batch = _batch_of(file, first, lines, carry)
         first += len(lines)
         if len(batch):
             yield batch
@@ -494,11 +523,15 @@ def _read_lines(file: InputFile, carry: Carried | None) -> Iterator[Batch]:
         yield Batch([], [], carry.from_rows([]) if carry else None)
 
 
-def _batch_of(first: int, lines: list[bytes], carry: Carried | None) -> Batch:
+def _batch_of(file: InputFile, first: int, lines: list[bytes], carry: Carried | None) -> Batch:
+    def rows_made() -> Rows:
+        return _with_folders(file, _verdicts(first, lines)[1])
+
     if carry is None and {line[:1] for line in lines} == {b"{"}:
         # None is blank, so it is known how many rows they are before anybody looks at one.
-        return Batch(range(first, first + len(lines)), lambda: _verdicts(first, lines)[1], None)
+        return Batch(range(first, first + len(lines)), rows_made, None)
     numbers, rows = _verdicts(first, lines)
+    rows = _with_folders(file, rows)
     return Batch(numbers, rows, carry.from_rows(rows) if carry else None)
 
 
@@ -512,7 +545,16 @@ def _groups(file: InputFile) -> Iterator[tuple[Sequence[int], Rows, int]]:
         numbers, rows = _verdicts(first, lines)
         first += len(lines)
         if rows:
-            yield numbers, rows, size_bytes
+            yield numbers, _with_folders(file, rows), size_bytes
+
+
+def _with_folders(file: InputFile, rows: Rows) -> Rows:
+    """The rows, fresh from reading, with the columns of the file's folders that they lack."""
+    for name, value in file.folders:
+        for row in rows:
+            if type(row) is dict:
+                row.setdefault(name, value)
+    return rows
 
 
 def _lines(file: InputFile) -> Iterator[tuple[list[bytes], int]]:
@@ -720,16 +762,37 @@ def _read_table(
     file: InputFile, columns: Collection[str] | None, carry: Carried | None
 ) -> Iterator[Batch]:
     with _table(file) as table:
-        names = table.schema_arrow.names
+        names = _schema_of(file, table).names
         for_rows = [name for name in names if columns is None or name in columns]
         carried = carry.sources if carry else ()
         read_names = [name for name in names if name in for_rows or name in carried]
+        own = [name for name in read_names if name in table.schema_arrow.names]
         done = 0
-        for record in _records(table, read_names):
+        for record in _records(table, own):
+            record = _with_folder_columns(file, record, read_names)
             lines = range(done + 1, done + 1 + record.num_rows)
             done += record.num_rows
             rows = partial(_rows_of, record.select(for_rows))
             yield Batch(lines, rows, carry.from_table(record) if carry else None)
+
+
+def _schema_of(file: InputFile, table: pq.ParquetFile) -> pa.Schema:
+    """The table's schema and, behind it, the columns of the file's folders that it lacks."""
+    schema = table.schema_arrow
+    for name, _ in file.folders:
+        if name not in table.schema_arrow.names:
+            schema = schema.append(pa.field(name, pa.string()))
+    return schema
+
+
+def _with_folder_columns(
+    file: InputFile, record: pa.RecordBatch, wanted: Sequence[str]
+) -> pa.RecordBatch:
+    for name, value in file.folders:
+        if name in wanted and name not in record.schema.names:
+            column = pa.repeat(pa.scalar(value, pa.string()), record.num_rows)
+            record = record.append_column(name, column)
+    return record
 
 
 def _records(table: pq.ParquetFile, names: list[str]) -> Iterator[pa.RecordBatch]:
@@ -938,8 +1001,9 @@ class ColumnTypes:
 
     def _observe_table(self, file: InputFile) -> None:
         with _table(file) as table:
-            self._notes.add(table.schema_arrow)
-            for field in table.schema_arrow:
+            schema = _schema_of(file, table)
+            self._notes.add(schema)
+            for field in schema:
                 if self._carry is None or field.name in self._carry:
                     self._admit(field.name)
                     seen = _TableType(field.type, _fits_double(table.metadata, field))

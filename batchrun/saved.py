@@ -13,7 +13,7 @@ from typing import cast
 import msgspec
 from msgspec import Struct
 
-from batchrun.config import STDIN, InputFormat, JSONValue, OutputFormat, RunConfig
+from batchrun.config import CURRENT, STDIN, InputFormat, JSONValue, OutputFormat, RunConfig
 from batchrun.files import read_json, write_json
 from batchrun.state import StateDir
 from batchrun.types import Shape
@@ -47,7 +47,7 @@ def save_config(state: Path, config: RunConfig, model: str | None, hosts: list[s
     saved = Saved(
         command=config.command,
         hosts=hosts,
-        inputs=[name if name == STDIN else os.path.abspath(name) for name in config.inputs],
+        inputs=[_anywhere(name) for name in config.inputs],
         output=config.output if config.to_stdout else os.path.abspath(config.output),
         output_format=config.output_format,
         input_format=config.input_format,
@@ -67,6 +67,13 @@ def save_config(state: Path, config: RunConfig, model: str | None, hosts: list[s
     path = StateDir(state).saved_command
     with contextlib.suppress(OSError):
         write_json(path, saved)
+
+
+def _anywhere(name: str) -> str:
+    """An input's path for any working directory that still tells which part of it was typed."""
+    if name == STDIN or os.path.isabs(name):
+        return name
+    return os.getcwd() + CURRENT + name
 
 
 def read_saved(state: Path) -> Saved | None:

@@ -935,3 +935,80 @@ def test_files_that_batchrun_wrote_are_skipped_by_what_is_in_them(tmp_path: Path
         f"{name} (made by batchrun)"
         for name in ("in.partial.parquet", "in.unused.PARQUET", "mine.jsonl.bak")
     ]
+
+
+# --- key=value folders ---------------------------------------------------------------------------
+
+
+def parts(root: Path) -> Path:
+    """A table in parts, as Hive, Spark and DuckDB write one."""
+    for folder in ("lang=fr/who=a%20%3D%C3%A9", "lang=de/who=__HIVE_DEFAULT_PARTITION__"):
+        (root / folder).mkdir(parents=True)
+    parquet(root / "lang=fr/who=a%20%3D%C3%A9/0.parquet", {"prompt": ["x", "y"], "n": [1, 2]})
+    jsonl(
+        root / "lang=de/who=__HIVE_DEFAULT_PARTITION__/0.jsonl",
+        [{"prompt": "z", "n": 3}, {"prompt": "w", "lang": "its own"}],
+    )
+    return root
+
+
+def test_folders_named_key_value_become_columns_of_text(tmp_path: Path) -> None:
+    root = parts(tmp_path / "data")
+    files = resolve([str(root)]).files
+    for file in files:
+        assert set(head(file)[0]) == {"prompt", "n", "lang", "who"}
+    found, table = carried(root)
+    assert found.schema.field("lang").type == pa.string()
+    assert table.select(["prompt", "n", "lang", "who"]).to_pylist() == [
+        {"prompt": "z", "n": 3, "lang": "de", "who": None},
+        {"prompt": "w", "n": None, "lang": "its own", "who": None},
+        {"prompt": "x", "n": 1, "lang": "fr", "who": "a =é"},
+        {"prompt": "y", "n": 2, "lang": "fr", "who": "a =é"},
+    ]
+    rows = [row for file in files for batch in read(file) for row in batch.rows]
+    assert [row["lang"] for row in rows if isinstance(row, dict)] == ["de", "its own", "fr", "fr"]
+    _, one = carried(root, carry=("lang",))
+    assert one.to_pydict() == {"lang": ["de", "its own", "fr", "fr"]}
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["{root}/lang=fr", "{root}/lang=*/*/*.parquet", "{root}/**", "{root}/lang=fr/*/0.parquet"],
+)
+def test_folders_count_however_the_files_are_named(tmp_path: Path, typed: str) -> None:
+    root = parts(tmp_path / "data")
+    last = resolve([typed.format(root=root)]).files[-1]
+    assert dict(last.folders) == {"lang": "fr", "who": "a =é"}
+
+
+def test_folders_before_a_dot_are_only_where_the_files_lie(tmp_path: Path) -> None:
+    root = parts(tmp_path / "year=2026" / "data")
+    assert dict(resolve([str(root)]).files[0].folders) == {
+        "year": "2026",
+        "lang": "de",
+        "who": None,
+    }
+    inside = resolve([f"{root.parent}/./data"]).files
+    assert [dict(file.folders) for file in inside] == [
+        {"lang": "de", "who": None},
+        {"lang": "fr", "who": "a =é"},
+    ]
+
+
+def test_a_renamed_folder_is_another_input(tmp_path: Path) -> None:
+    root = parts(tmp_path / "data")
+    before = inputs.content_digest(resolve([str(root)]).files)
+    (root / "lang=fr").rename(root / "lang=it")
+    assert inputs.content_digest(resolve([str(root)]).files) != before
+
+
+def test_tables_of_which_only_folder_columns_are_wanted(tmp_path: Path) -> None:
+    root = parts(tmp_path / "data")
+    for file in resolve([str(root)]).files:
+        batches = list(read(file, columns=("lang",)))
+        assert [len(batch.rows) for batch in batches] == [2]
+    (tmp_path / "k=v").mkdir()
+    empty = parquet(tmp_path / "k=v" / "a.parquet", {"prompt": pa.array([], pa.string())})
+    _, table = carried(empty)
+    assert (table.schema.names[:1], table.num_rows) == (["prompt"], 0)
+    assert "k" in table.schema.names

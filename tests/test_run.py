@@ -1045,3 +1045,24 @@ def test_what_a_user_may_not_expect_of_a_table_is_said_at_the_start(
     said = " ".join(submit("b.jsonl", *to(mock())).err.split())
     assert "2 rows have the custom_id of an earlier row, such as rows 1 and 2" in said
     assert '"id"' not in said
+
+
+def test_folder_columns_are_published_also_by_collect_from_elsewhere(
+    mock: StartMock, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace = Path("year=2026")
+    for lang in ("de", "fr"):
+        (workplace / f"data/lang={lang}").mkdir(parents=True)
+    write_rows(range(2), str(workplace / "data/lang=de/a.jsonl"))
+    write_rows(range(2, 4), str(workplace / "data/lang=fr/a.jsonl"))
+    above = Path.cwd()
+    monkeypatch.chdir(workplace)
+    server = mock(Knobs(faults={"429": 1.0}))
+    stopped = submit("data", "-o", "out.parquet", "--deadline", "1s", "--drain", "0", *to(server))
+    assert stopped.code == 75
+    monkeypatch.chdir(above)
+    assert run_command(["collect", "year=2026/out.parquet", "-o", "c.parquet"]) == 0
+    assert pq.read_schema("c.parquet").names[:3] == ["n", "prompt", "lang"]
+    monkeypatch.chdir(workplace)
+    assert submit("data", "-o", "out.parquet", *to(mock())).code == 0
+    assert table("out.parquet")["lang"] == ["de", "de", "fr", "fr"]
