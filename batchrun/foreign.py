@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from batchrun import shell
 from batchrun.errors import UsageError
+from batchrun.words import count
 
 HEAD_BYTES: Final = 64 << 10
 _SHOWN_CHARACTERS: Final = 40
@@ -183,7 +184,7 @@ def _csv(text: str, encoding: str) -> Found | None:
         fitting = [","]
     mark = max(fitting, key=lambda each: len(tables[each][0]))
     header = tables[mark][0]
-    columns = "1 column" if len(header) == 1 else f"{len(header)} columns"
+    columns = count(len(header), "column")
     first = header[0] if len(header[0]) <= _SHOWN_CHARACTERS else f"{header[0][:37]}..."
     delimiter = {",": "", "\t": ', delimiter="\\t"'}.get(mark, f', delimiter="{mark}"')
     source = f'open(0, encoding="{encoding}", newline="")'

@@ -151,7 +151,7 @@ def notes(sources: Sequence[Source], carried: Carried, ids: RepeatedIds) -> list
         said.append(f"carried as JSON text (nested, mixed or over-large values): {shown}{others}")
     if (repeated := ids.found()) is not None:
         rows, first, again = repeated
-        who = "1 row has" if rows == 1 else f"{rows:,} rows have"
+        who = f"{count(rows, 'row')} {verb(rows, 'have')}"
         said.append(f"{who} the custom_id of an earlier row, such as rows {first:,} and {again:,}")
     return said
 
