@@ -7,6 +7,7 @@ makes the finished file be written anew, without a request.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,21 @@ class Allowance:
         return f"{self.rows:,}" if self.share is None else f"{self.share * 100:g}%"
 
 
+FOREVER = "forever"
+
+
+def parse_keep_unused(text: str) -> float | None:
+    """``--keep-unused``: days, or None for ever."""
+    if text == FOREVER:
+        return None
+    try:
+        if 0 <= (days := float(text)) < math.inf:
+            return days
+    except ValueError:
+        pass
+    raise UsageError(f"--keep-unused {text}: a number of days, forever, or 0 to keep none")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """All options of one run; the endpoint is resolved and the output settled."""
@@ -106,6 +122,7 @@ class RunConfig:
     overwrite: bool = False
     allow_failures: Allowance = Allowance()
     if_locked: IfLocked = "fail"
+    keep_unused_days: float | None = 30.0  # None: for ever
 
     # publishing settings
     carry: tuple[str, ...] | None = None  # None: all; () none

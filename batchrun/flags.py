@@ -426,6 +426,12 @@ ROWS = _stack(
         default=DEFAULTS.if_locked,
         help="When another run holds this output.",
     ),
+    _state(
+        "--keep-unused",
+        metavar="DAYS|forever",
+        default=f"{DEFAULTS.keep_unused_days:g}",
+        help="Keep answers whose rows are gone so long; 0: not at all.",
+    ),
 )
 
 OUTPUT = _stack(

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -198,6 +198,22 @@ class Journal:
         """What is held for these slots, in sum."""
         return self._table.survey(slots)
 
+    def lacking(self, hash: bytes) -> Iterator[int]:
+        """The slots of this hash that rows of this pass have, and that hold no OK outcome."""
+        table = self._table
+        for slot in table.slots_of(hash):
+            if table.is_claimed(slot) and table.held(slot) is not Held.OK:
+                yield slot
+
+    def settled_slots(self, hash: bytes) -> Iterator[int]:
+        """The slots of this hash that hold a settled outcome, whoever has them."""
+        settled = (Held.OK, Held.REJECTED)
+        return (slot for slot in self._table.slots_of(hash) if self._table.held(slot) in settled)
+
+    def unclaimed(self) -> Sequence[int]:
+        """The slots with a settled outcome that no row of this pass has."""
+        return self._table.unclaimed()
+
     def forget_passes(self) -> None:
         """Free what only ``claim`` needs; ``begin_pass`` derives it again."""
         self._table.forget_passes()
@@ -338,10 +354,10 @@ class Journal:
         self._append_tried(records.REOPEN, self._table.hash(slot), self._table.occurrence(slot), 0)
         self._pending.append((records.REOPEN, slot, 0, 0, 0))
 
-    def note_imported(self, run_id: str) -> None:
-        """The answers of this run's published output have all been taken over."""
-        self._append(records.IMPORTED, run_id.encode())
-        self.imported.add(run_id)
+    def note_imported(self, publication: str) -> None:
+        """The answers of this published output have all been taken over."""
+        self._append(records.IMPORTED, publication.encode())
+        self.imported.add(publication)
 
     def _append_tried(self, kind: int, hash: bytes, occurrence: int, in_doubt: int) -> None:
         if self._failure is not None or self._fd < 0:
@@ -511,32 +527,14 @@ class Journal:
 
     def reset(self, header: Header) -> None:
         """Delete every record and begin with this header."""
-        self._leave(lambda path: path.unlink())
-        with reporting(self.run_path, "begin a journal"):
-            self._begin(header)
-
-    def set_aside(self, target: Path) -> None:
-        """Move every record to another directory; only ``reset`` opens this journal again."""
-
-        def move(path: Path) -> None:
-            path.replace(target / path.name)
-
-        with reporting(target, "move the journal"):
-            make_private(target)
-            # A first segment there is an older journal, whole; without one it is this one's rest,
-            # from a move that was killed.
-            if segment_path(target, 1).exists():
-                clear(target, lambda path: path.unlink())
-        self._leave(move)
-
-    def _leave(self, dispose: Callable[[Path], object]) -> None:
         if not self._writable:
             self._refuse()
         self.close(remember=False)
         self._buffer, self._pending = bytearray(), []
-        with reporting(self.run_path, "move the journal"):
-            clear(self.run_path, dispose)
+        with reporting(self.run_path, "begin a journal"):
+            clear(self.run_path, lambda path: path.unlink())
             sync_directory(self.run_path)
+            self._begin(header)
 
 
 def _end_of_run(positions: list[int], at: int) -> int:

@@ -30,6 +30,7 @@ from batchrun.config import (
     RunConfig,
     default_output,
     output_format,
+    parse_keep_unused,
 )
 from batchrun.errors import UsageError
 from batchrun.providers import PROVIDERS, Endpoint
@@ -97,6 +98,7 @@ class Options(Struct, frozen=True, kw_only=True):
     overwrite: bool = False
     allow_failures: str = str(DEFAULTS.allow_failures)
     if_locked: IfLocked = DEFAULTS.if_locked
+    keep_unused: str = f"{DEFAULTS.keep_unused_days:g}"
     carry: str = "all"
     no_response_body: bool = False
 
@@ -171,6 +173,7 @@ def build_config(options: Options, given: Given, *, sends: bool = True) -> RunCo
         overwrite=options.overwrite,
         allow_failures=Allowance.parse(options.allow_failures),
         if_locked=options.if_locked,
+        keep_unused_days=parse_keep_unused(options.keep_unused),
         carry=parse_carry(options.carry),
         response_body=not options.no_response_body,
         command=command_to_paste(given.argv),

@@ -13,14 +13,16 @@ are made from pieces of at most 4 MB, and Parquet's encoder works without it.
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol, cast
 
@@ -55,6 +57,7 @@ PIECE_ROWS = 1_024
 PIECE_BYTES = 4_000_000
 MAX_FOOTER_ERRORS = 50
 TEMPORARY_SUFFIX = ".batchrun-tmp"
+BACKUP_SUFFIX = ".bak"
 
 _TYPES: Final[Mapping[str, pa.DataType]] = {
     **dict.fromkeys(answers.ANSWER_COLUMNS, pa.string()),
@@ -131,6 +134,13 @@ class FooterRows(Struct, frozen=True):
     duplicate: int = 0
 
 
+class Aside(Struct, frozen=True):
+    """What marks a file of answers whose rows are gone: the output they left, and since when."""
+
+    output: str
+    oldest_ms: int
+
+
 class Footer(Struct, frozen=True, kw_only=True):
     """What a published file says about itself. Members may be added, never renamed.
 
@@ -141,6 +151,7 @@ class Footer(Struct, frozen=True, kw_only=True):
     schema: int = 1
     batchrun_version: str = ""
     run_id: str = ""
+    publication: str = ""  # of this very file: one run may publish more than once
     complete: bool = True
     synthetic: bool = False
     inputs: list[str] = []
@@ -154,6 +165,7 @@ class Footer(Struct, frozen=True, kw_only=True):
     tokens: TokenCounts = msgspec.field(default_factory=TokenCounts)
     errors: list[ErrorCount] = []
     request_models: list[str] = []
+    aside: Aside | None = None
 
 
 class _Row(NamedTuple):
@@ -275,6 +287,53 @@ def read_back(path: Path) -> Iterator[Outcome]:
         yield from _read_parquet(path) if is_parquet else _read_jsonl(path)
 
 
+ASIDE_SCHEMA: Final[pa.Schema] = pa.schema([("unused_since", pa.timestamp("ms", tz="UTC"))])
+_MARK_COLUMNS = ("request_hash", "finished_at", "request_id", "unused_since")
+
+
+class Mark(NamedTuple):
+    """What tells an answer set aside from every other, and when its row was gone."""
+
+    hash: bytes
+    finished_at_ms: int
+    request_id: str
+    since_ms: int
+
+
+def aside_slice(outcomes: Sequence[Outcome], since_ms: Sequence[int]) -> Slice:
+    """Answers whose rows are gone, to be published with ASIDE_SCHEMA."""
+    since = pa.array(since_ms, ASIDE_SCHEMA.field(0).type)
+    hashes = [prompts.format_hash(outcome.hash) for outcome in outcomes]
+    carried = pa.RecordBatch.from_arrays([since], schema=ASIDE_SCHEMA)
+    return Slice(carried, hashes, hashes, outcomes)
+
+
+def read_marks(path: Path) -> Iterator[list[Mark]]:
+    """The marks of the rows that ``read_back`` gives of a file set aside, in the same order."""
+    with _reading(path), _parquet(path) as file:
+        for batch in file.iter_batches(GROUP_ROWS, columns=_MARK_COLUMNS, use_threads=False):
+            hashes, ended, ids, since = (_back_values(batch[name], name) for name in _MARK_COLUMNS)
+            digests = [prompts.parse_hash(text or "") for text in hashes]
+            yield [
+                Mark(digest, at or 0, identity or "", left or 0)
+                for digest, at, identity, left in zip(digests, ended, ids, since, strict=True)
+                if digest is not None
+            ]
+
+
+def read_wanted(path: Path, is_wanted: Callable[[bytes], bool]) -> Iterator[list[Outcome]]:
+    """What ``read_back`` gives of a Parquet file, only of wanted hashes; a row group at a time."""
+    with _reading(path), _parquet(path) as file:
+        for group in range(file.num_row_groups):
+            hashes = file.read_row_group(group, columns=["request_hash"], use_threads=False)
+            texts = hashes.column(0).to_pylist()
+            digests = map(prompts.parse_hash, filter(None, texts))
+            wanted = {digest for digest in digests if digest is not None and is_wanted(digest)}
+            if wanted:
+                found = _outcomes_of(file, [group])
+                yield [outcome for outcome in found if outcome.hash in wanted]
+
+
 class PublishedRow(NamedTuple):
     """One row of a published JSONL file, to be published again."""
 
@@ -309,19 +368,50 @@ def published_rows(path: Path) -> Iterator[PublishedRow]:
 
 
 def backup(path: Path) -> Path:
-    """Keep ``path`` also as ``<path>.bak``, in the place of an older one; ``path`` stays there."""
-    kept = path.with_name(path.name + ".bak")
-    temporary = _temporary(kept)
-    with _mapped(str(kept)):
-        try:
-            temporary.unlink(missing_ok=True)
-            _link_or_copy(path, temporary)
-            os.replace(temporary, kept)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_directory(kept.parent)
-    return kept
+    """Keep ``path`` also as ``<path>.bak``, or ``.bak.2`` and so on: no file of that name goes.
+
+    ``path`` stays there. A file that is kept already, by a run that was killed, is not kept twice.
+    """
+    with _mapped(f"{path}{BACKUP_SUFFIX}"):
+        for kept in _backup_names(path):
+            if _keep_as(path, kept):
+                sync_directory(kept.parent)
+                return kept
+    raise AssertionError("there is no last name")
+
+
+def _backup_names(path: Path) -> Iterator[Path]:
+    first = path.with_name(path.name + BACKUP_SUFFIX)
+    yield first
+    for number in count(2):
+        yield first.with_name(f"{first.name}.{number}")
+
+
+def _keep_as(path: Path, kept: Path) -> bool:
+    """Whether ``kept`` is now, or was, the same file as ``path``."""
+    if os.path.lexists(kept):
+        is_file = stat.S_ISREG(kept.lstat().st_mode)
+        return is_file and filecmp.cmp(path, kept, shallow=False)
+    try:
+        os.link(os.path.realpath(path), kept)
+    except FileExistsError:
+        return False
+    except OSError:
+        _copy(path, kept)
+    return True
+
+
+def _copy(path: Path, kept: Path) -> None:
+    """For file systems without links: whole or not at all, though not proof against a race."""
+    temporary = _temporary(path)
+    try:
+        shutil.copy2(path, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(kept)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def clean_leftovers(path: Path) -> None:
@@ -824,20 +914,32 @@ def _footer(text: bytes) -> Footer | None:
         return None
 
 
-def _read_parquet(path: Path) -> Iterator[Outcome]:
+@contextmanager
+def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
     with (
         path.open("rb") as raw,
         pq.ParquetFile(raw, pre_buffer=False, buffer_size=256_000) as file,
     ):
-        present = [name for name in _BACK_COLUMNS if name in file.schema_arrow.names]
-        for batch in file.iter_batches(PIECE_ROWS, columns=present, use_threads=False):
-            columns = {name: _back_values(batch.column(name), name) for name in present}
-            absent = [None] * batch.num_rows
-            rows = zip(*[columns.get(name, absent) for name in _BACK_COLUMNS], strict=True)
-            for row in rows:
-                outcome = _outcome_of(_Published(*row))
-                if outcome is not None:
-                    yield outcome
+        yield file
+
+
+def _read_parquet(path: Path) -> Iterator[Outcome]:
+    with _parquet(path) as file:
+        yield from _outcomes_of(file, None)
+
+
+def _outcomes_of(file: pq.ParquetFile, groups: list[int] | None) -> Iterator[Outcome]:
+    present = [name for name in _BACK_COLUMNS if name in file.schema_arrow.names]
+    for batch in file.iter_batches(
+        PIECE_ROWS, row_groups=groups, columns=present, use_threads=False
+    ):
+        columns = {name: _back_values(batch.column(name), name) for name in present}
+        absent = [None] * batch.num_rows
+        rows = zip(*[columns.get(name, absent) for name in _BACK_COLUMNS], strict=True)
+        for row in rows:
+            outcome = _outcome_of(_Published(*row))
+            if outcome is not None:
+                yield outcome
 
 
 def _slices_of(path: Path, carried: pa.Schema) -> Iterator[Slice]:
@@ -885,7 +987,7 @@ def _source(outcome: Outcome | InvalidRow, message: str | None, otherwise: str) 
 
 
 def _back_values(column: pa.Array, name: str) -> list[Any]:
-    if name == "finished_at":
+    if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp("ms", tz="UTC")).cast(pa.int64())
     return cast("list[Any]", column.to_pylist())
 
@@ -1159,13 +1261,6 @@ def _runs_elsewhere(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 @contextmanager

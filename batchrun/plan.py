@@ -194,6 +194,15 @@ def _count(counts: Counts, survey: Survey, config: RunConfig) -> None:
     counts.repeats += survey.repeats
 
 
+def count_held(plan: Plan, journal: Journal, config: RunConfig) -> None:
+    """Count anew what the journal holds for the rows, after it has come to hold more."""
+    counts = plan.counts
+    counts.held_ok = counts.held_failed = counts.retried = counts.new = counts.repeats = 0
+    for first in range(0, len(plan.slots), BATCH_ROWS):
+        slots = [slot for slot in plan.slots[first : first + BATCH_ROWS] if slot != INVALID]
+        _count(counts, journal.survey(slots), config)
+
+
 def identified(builder: Builder, row: Row | BadRow) -> Built | Invalid:
     return _invalid_of(row) if isinstance(row, BadRow) else builder.build(row)
 

@@ -298,6 +298,8 @@ def final_lines(summary: RunSummary) -> list[str]:
     if spent:
         done += f", {_tokens(spent)} tokens"
     notes = [f"note {note}" for note in (*_answer_notes(rows), *summary.notes)]
+    if summary.backup:
+        notes.append(f"note the old output is {summary.backup}")
     return [
         done,
         *notes,

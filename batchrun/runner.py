@@ -64,6 +64,7 @@ from batchrun.saved import save_config, saved_hosts
 from batchrun.secret import hidden_in_url
 from batchrun.state import StateDir, locate
 from batchrun.types import Bound, OutputTotals, RowCounts, RunSummary, State, ThisRun
+from batchrun.unused import Kept, Unused
 from batchrun.words import count, duration, size, verb
 
 MOCK_HOST = "mock"
@@ -71,7 +72,6 @@ MOCK_ENDPOINT = Endpoint("", MOCK_HOST, MOCK_HOST, None, None, None, None)
 IMPORT_ROWS = 1_000
 # An answer of some 100 words with its usage; once in the journal and once in the output.
 USUAL_ANSWER_BYTES = 1_000
-BACKUP_SUFFIX = ".bak"
 OFFER_S = 5.0
 SHOWN_MODELS = 5
 SHOWN_SETTING = 40
@@ -201,7 +201,8 @@ class _Run:
         self.started_at_ms = int(time.time() * 1000)
         self.published: Footer | None = None
         self.hosts_before: list[str] = []
-        self.keep_old = self.keep_state = self.continues = self.began_nothing = False
+        self.keep_old = self.continues = self.began_nothing = False
+        self.at_stake = 0  # answers of an output that was made with other settings
         self.summary = RunSummary(
             batchrun_version=VERSION,
             inputs=list(self.config.inputs),
@@ -227,6 +228,7 @@ class _Run:
             and not has_journal(self.state)
             and await asyncio.to_thread(self._is_current, self.published)
         ):
+            await asyncio.to_thread(self._tend_unused, None)
             return self._nothing_left(self.published)
         self.book = self._open_journal()
         try:
@@ -245,14 +247,14 @@ class _Run:
         self.plan = await asyncio.to_thread(
             plan.make_plan, self.sources, self.config, self.book, self.stop.check
         )
+        await asyncio.to_thread(self._take_back_unused)
         self.book.forget_passes()
         if not self.config.retry_failed:
             plan.give_up_doubtful(self.plan, self.book, self.config.max_in_doubt_retries)
         self._check_limit()
         self._check_model()
-        self.ok_before = self.book.count(Held.OK)
         if self.published is not None and await asyncio.to_thread(self._was_published_from_here):
-            self.keep_state = self.ok_before > self.plan.counts.held_ok
+            await asyncio.to_thread(self._tend_unused, self.book)
             return self._nothing_left(self.published)
         self._count_rows(RunTally())
         self._warn_of_a_small_disk()
@@ -295,7 +297,6 @@ class _Run:
         self.target = outputs.Target.at(path)
         outputs.clean_leftovers(path)
         outputs.clean_leftovers(outputs.partial_of(path))
-        outputs.clean_leftovers(_backup_of(path))
         if not path.exists():
             return None
         footer = outputs.recognise(path)
@@ -310,9 +311,9 @@ class _Run:
                 )
             self.keep_old = True
         elif footer.settings != self.settings:
-            self.keep_old = True
-            at_stake = footer.rows.ok and not has_journal(self.state)
-            if at_stake and not config.overwrite:
+            self.keep_old = bool(footer.rows.ok + footer.rows.error)
+            self.at_stake = footer.rows.ok
+            if self.at_stake and not config.overwrite and not has_journal(self.state):
                 raise _differ(config, footer.settings, self.settings, footer.rows.ok)
             return None
         return footer
@@ -331,8 +332,9 @@ class _Run:
         """Whether this very journal was published already, and kept for what else it holds."""
         footer = self.published
         assert footer is not None
-        is_ours = footer.run_id == self.book.header.run_id
-        return is_ours and not self.plan.counts.to_send and self._is_current(footer)
+        counts = self.plan.counts
+        holds_all = footer.run_id == self.book.header.run_id and footer.rows.ok == counts.held_ok
+        return holds_all and not counts.to_send and self._is_current(footer)
 
     def _digest(self) -> str:
         return inputs.content_digest(source.file for source in self.sources)
@@ -350,11 +352,12 @@ class _Run:
         self.continues = has_journal(self.state)
         book = Journal.open(self.state, header)
         if book.header.settings != self.settings:
-            if book.answers and not self.config.overwrite:
+            at_stake = max(book.answers, self.at_stake)
+            if at_stake and not self.config.overwrite:
                 book.close()
-                raise _differ(self.config, book.header.settings, self.settings, book.answers)
+                raise _differ(self.config, book.header.settings, self.settings, at_stake)
             if book.answers:
-                book.set_aside(self.state.with_name(self.state.name + ".bak"))
+                self._set_aside(book)
             book.reset(header)
             self.continues = False
         self.hosts_before += saved_hosts(self.state)
@@ -365,7 +368,10 @@ class _Run:
     def _import(self, footer: Footer) -> None:
         """Take over the answers of the published output: one path for every rerun."""
         book = self.book
-        if footer.run_id in book.imported or footer.run_id == book.header.run_id:
+        # A run that was killed in its last moments may have published more than the journal that
+        # is left of it holds, or less.
+        publication = footer.publication or footer.run_id
+        if publication in book.imported:
             return
         book.begin_pass()
         for number, outcome in enumerate(outputs.read_back(Path(self.config.output))):
@@ -373,8 +379,48 @@ class _Run:
             if number % IMPORT_ROWS == 0:
                 self.stop.check()
                 book.flush()
-        book.note_imported(footer.run_id)
+        book.note_imported(publication)
         book.sync()
+
+    # Answers whose rows are gone
+
+    def _unused(self, *, synthetic: bool) -> Unused:
+        beside = self.state if self.config.to_stdout else Path(self.config.output)
+        return Unused(beside, synthetic=synthetic, keep_days=self.config.keep_unused_days)
+
+    def _set_aside(self, book: Journal) -> None:
+        """Keep the answers of a journal that was begun with other settings."""
+        book.begin_pass()
+        self._tell_unused(self._unused(synthetic=book.header.synthetic).tend(book))
+
+    def _take_back_unused(self) -> None:
+        counts = self.plan.counts
+        if not counts.to_send:
+            return
+        taken = self._unused(synthetic=self.config.mock).take_back(self.book, self.stop.check)
+        if taken:
+            self.summary.unused.taken_back = taken
+            plan.count_held(self.plan, self.book, self.config)
+
+    def _tend_unused(self, book: Journal | None) -> None:
+        if not self.config.to_stdout:
+            self._tell_unused(self._unused(synthetic=self.config.mock).tend(book))
+
+    def _tell_unused(self, kept: Kept) -> None:
+        told = self.summary.unused
+        told.answers, told.file = kept.answers, str(kept.file) if kept.file else None
+        told.moved += kept.moved
+        told.dropped += kept.dropped
+        for path in kept.not_ours:
+            self._note(f"{path} is not this output's own file of unused answers, and stays")
+        keep_days = self.config.keep_unused_days
+        if kept.moved:
+            self._note(
+                f"{_gone(kept.answers)} kept in {kept.file} {_how_long(keep_days)} (--keep-unused)"
+            )
+        if kept.dropped:
+            after = f" after {_days(keep_days)}" if keep_days else ""
+            self._note(f"{_gone(kept.dropped)} dropped{after} (--keep-unused)")
 
     def _check_limit(self) -> None:
         config, book = self.config, self.book
@@ -452,28 +498,16 @@ class _Run:
 
     def _publish(self) -> Footer:
         """Write the output from the journal, whole or not at all."""
-        config, counts = self.config, self.plan.counts
-        answered_now = self.book.count(Held.OK) - self.ok_before
-        unused = self.book.count(Held.OK) - counts.held_ok - answered_now
-        if not config.to_stdout:
-            target = Path(config.output)
-            if self.keep_old or (unused and self.published is not None):
-                self.summary.backup = str(outputs.backup(target))
-                # A killed run may have kept this very file: renaming a link over another link of
-                # the same file does nothing, and leaves both.
-                outputs.clean_leftovers(_backup_of(target))
-        # Of a run that was stopped, the old output need not hold all of them.
-        self.keep_state = bool(unused and (self.continues or self.summary.backup is None))
-        if unused:
-            self._note(
-                f"{count(unused, 'answer')} of rows that are gone from the input"
-                f" {verb(unused, 'are')} kept in "
-                f"{self.state if self.keep_state else self.summary.backup}"
-            )
+        config = self.config
+        # Before the output changes: what leaves it is never nowhere.
+        self._tend_unused(self.book)
+        if self.keep_old:
+            self.summary.backup = str(outputs.backup(Path(config.output)))
         self.tally = OutputTally()
         footer = Footer(
             batchrun_version=VERSION,
             run_id=self.book.header.run_id,
+            publication=uuid.uuid4().hex,
             synthetic=config.mock,
             inputs=[source.file.name for source in self.sources],
             inputs_digest=self._digest(),
@@ -499,13 +533,11 @@ class _Run:
     # How it ends
 
     async def _finished(self, footer: Footer) -> RunSummary:
-        if not self.keep_state and not (self.config.to_stdout and self.config.state_dir):
+        if not (self.config.to_stdout and self.config.state_dir):
             self.book.close(remember=False)
             # Unlinking gigabytes of segments takes a while.
             await asyncio.to_thread(self.lock.remove_state)
             self.summary.state_dir = None
-        elif self.keep_state:
-            self._write_end(footer.rows.ok, footer.rows.error, "finished", EXIT_OK, None)
         self.summary.published = True
         self.summary.prompt_column = self._shown_prompt()
         await asyncio.to_thread(self._remove_partial, footer)
@@ -531,9 +563,8 @@ class _Run:
         return name if name in self.plan.carried.schema.names else None
 
     def _nothing_left(self, footer: Footer) -> RunSummary:
-        if not self.keep_state:
-            self.lock.remove_state()
-            self.summary.state_dir = None
+        self.lock.remove_state()
+        self.summary.state_dir = None
         return self._told(footer, reused=footer.rows.ok + footer.rows.error)
 
     def _told(self, footer: Footer, *, reused: int) -> RunSummary:
@@ -804,10 +835,6 @@ def _client(endpoint: Endpoint, config: RunConfig) -> ChatEndpoint:
     )
 
 
-def _backup_of(output: Path) -> Path:
-    return output.with_name(output.name + BACKUP_SUFFIX)
-
-
 def state_of(output: str, state_dir: Path | None) -> Path:
     """Where the state of this output is, or would be. UsageError where none can be kept safely."""
     return locate(state_dir or Path(output + STATE_SUFFIX), output).path
@@ -850,6 +877,19 @@ def _differ(
 def _shown(value: object) -> str:
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= SHOWN_SETTING else f"{text[: SHOWN_SETTING - 3]}..."
+
+
+def _gone(answers: int) -> str:
+    row = "of a row" if answers == 1 else "of rows"
+    return f"{count(answers, 'answer')} {row} gone from the input {verb(answers, 'are')}"
+
+
+def _how_long(days: float | None) -> str:
+    return "for ever" if days is None else f"for {_days(days)}"
+
+
+def _days(days: float) -> str:
+    return "1 day" if days == 1 else f"{days:g} days"
 
 
 def _recovered(recovery: Recovery) -> str:

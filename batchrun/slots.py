@@ -53,6 +53,9 @@ _CLAIMED = 0b0100  # given out in this pass
 _REPEAT = 0b1000  # occurrence 1 or later
 _UNCLAIM = bytes(flags & ~_CLAIMED for flags in range(256))
 _ONLY_HELD = bytes(flags & _HELD for flags in range(256))
+_SETTLED_UNCLAIMED = bytes(
+    flags & (_HELD | _CLAIMED) in (Held.OK, Held.REJECTED) for flags in range(256)
+)
 
 # Held answers are given out by worth, whatever their occurrence; the rest in order, then new ones.
 _ORDER = (Held.OK, Held.REJECTED, Held.PASSING)
@@ -147,6 +150,29 @@ class SlotTable:
 
     def total_in_doubt(self) -> int:
         return sum(self._in_doubt)
+
+    def slots_of(self, hash_: bytes) -> Iterator[int]:
+        """The slots of every occurrence of a hash, in order."""
+        if not self._index:
+            self._reindex(self._capacity_for(self._used))
+        low, high = _KEY.unpack(hash_)
+        while (slot := self._lookup(low, high)) >= 0:
+            yield slot
+            low = (low + _STRIDE) & _WORD
+
+    def is_claimed(self, slot: int) -> bool:
+        """Whether a row of this pass has it."""
+        return bool(self._flags[slot] & _CLAIMED)
+
+    def unclaimed(self) -> array[int]:
+        """The slots with a settled outcome that no row of this pass has."""
+        flags = self._flags.translate(_SETTLED_UNCLAIMED)
+        found = array("I")
+        slot = flags.find(1)
+        while slot >= 0:
+            found.append(slot)
+            slot = flags.find(1, slot + 1)
+        return found
 
     # ── passes over the input ────────────────────────────────────────────────────────────────────
 

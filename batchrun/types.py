@@ -282,6 +282,16 @@ class ThisRun(Struct):
     bound_by: Bound | None = None
 
 
+class UnusedCounts(Struct):
+    """Answers whose rows are gone from the input, and the file that keeps them."""
+
+    answers: int = 0
+    file: str | None = None
+    moved: int = 0  # left the output in this run
+    taken_back: int = 0  # their rows are in the input again
+    dropped: int = 0  # kept for as long as was asked
+
+
 State = Literal["finished", "stopped", "refused", "error"]
 
 
@@ -297,6 +307,7 @@ class RunSummary(Struct, kw_only=True):
     output: str | None = None
     published: bool = False
     backup: str | None = None
+    unused: UnusedCounts = field(default_factory=UnusedCounts)
     state_dir: str | None = None
     synthetic: bool = False
     endpoint: str | None = None

@@ -2,11 +2,12 @@
 
     python tests/crash_harness.py --kills 1000
 
-Each story is one input and one output: fresh, grown or edited since an earlier run, as Parquet or
-as lines. Its runs are killed between any two requests, while they open or import or publish, and
-while they clean up; then one is left alone. Checked after every death:
+Each story is one input and one output: fresh, or grown, edited or shrunk since an earlier run and
+whole again, as Parquet or as lines. Its runs are killed between any two requests, while they open
+or import or publish, and while they clean up; then one is left alone. Checked after every death:
 
-* the journal and the published file hold every answer they held before, each with its own text;
+* the journal, the published file and that of unused answers together hold every answer they held
+  before, each with its own text;
 * no run asked for an answer that was held when it began;
 * a published file is whole, old or new.
 
@@ -38,7 +39,7 @@ from typing import Any, NamedTuple, Self
 import pyarrow.parquet as pq
 
 from batchrun import outputs, prompts
-from batchrun.journal import Held, Journal
+from batchrun.journal import Journal
 from batchrun.mock_server import Knobs, MockServerThread
 
 ROOT = Path(__file__).parent.parent
@@ -219,26 +220,31 @@ def published(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def held(directory: Path, output: Path, numbers: Sequence[int]) -> Counter[int]:
-    """For each number, how many of its rows have an answer that a rerun will not ask for."""
-    found = Counter[int]()
-    if output.exists():
-        for outcome in outputs.read_back(output):
+Answered = tuple[bytes, int, str]  # hash, when, request id: one answer and no other
+
+
+def held(output: Path, numbers: Sequence[int]) -> Counter[int]:
+    """For each number, how many answers there are that a rerun will not ask for."""
+    hashes = {hash_of(number): number for number in numbers}
+    found = {each for each in _answers_held(output) if each[0] in hashes}
+    return Counter(hashes[hash] for hash, _, _ in found)
+
+
+def _answers_held(output: Path) -> Iterator[Answered]:
+    """All there are, in the output, among those whose rows are gone, and in the journal."""
+    for path in (output, *output.parent.glob(f"{output.stem}.unused*.parquet")):
+        for outcome in outputs.read_back(path) if path.exists() else ():
             if outcome.kind == "ok":
-                found[_number_in(outcome.body)] += 1
-    found &= Counter(numbers)
+                assert outcome.hash == hash_of(_number_in(outcome.body))
+                yield outcome.hash, outcome.finished_at_ms, outcome.request_id
     book = Journal.peek(output.with_name(output.name + ".batchrun"))
-    if book is None:
-        return found
-    with contextlib.closing(book):
-        in_journal = Counter[int]()
-        book.begin_pass()
-        for number in numbers:
-            slot = book.claim(hash_of(number))
-            if book.held(slot) is Held.OK:
-                assert _number_in(book.read(slot).body) == number
-                in_journal[number] += 1
-    return found | in_journal
+    if book is not None:
+        with contextlib.closing(book):
+            book.begin_pass()
+            for slot in book.unclaimed():
+                outcome = book.read(slot)
+                assert outcome.hash == hash_of(_number_in(outcome.body))
+                yield outcome.hash, outcome.finished_at_ms, outcome.request_id
 
 
 def _number_in(body: bytes) -> int:
@@ -269,21 +275,29 @@ class Story:
         self.output = directory / self.chance.choice(("out.parquet", "out.parquet", "out.jsonl"))
         self.server = MockServerThread(Knobs(latency_s=0.002, latency_jitter_s=0.004, seed=seed))
         self.moments = Counter[str]()
-        self.expected_names = {"in.jsonl", self.output.name}
-        self.may_stay = set[str]()
+        self.ever = Counter[int]()  # the rows that were ever there
 
     def tell(self) -> Told:
         with self.server:
-            self.numbers = self._prepare()
-            self.asked_before = self.asked()
-            self.held = held(self.directory, self.output, self.numbers)
-            while sum(self.moments.values()) < self.most_kills and self._killed_run():
-                pass
-            code, said = self.launcher.run(*self._command(), cwd=self.directory)
-            assert code == 0, said
-            assert "Traceback" not in said, said
-            self._check_run()
+            for numbers in self._inputs():
+                write_rows(self.directory / "in.jsonl", numbers)
+                self._enter(numbers)
+                while sum(self.moments.values()) < self.most_kills and self._killed_run():
+                    pass
+                self._undisturbed_run()
             return self._check_end()
+
+    def _enter(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+        self.ever |= Counter(numbers)
+        self.asked_before = self.asked()
+        self.held = held(self.output, list(self.ever))
+
+    def _undisturbed_run(self) -> None:
+        code, said = self.launcher.run(*self._command(), cwd=self.directory)
+        assert code == 0, said
+        assert "Traceback" not in said, said
+        self._check_run()
 
     def _command(self) -> list[str]:
         options = ["--base-url", self.server.url, "-m", "m", "-c", str(IN_FLIGHT)]
@@ -292,27 +306,25 @@ class Story:
             *("--max-in-doubt-retries", "200", "--quiet"),
         ]
 
-    def _prepare(self) -> list[int]:
-        """The input, and perhaps the output of an earlier one of which it has grown."""
+    def _inputs(self) -> list[list[int]]:
+        """The inputs one after the other whose runs are killed; perhaps of one that ran before."""
         chance = self.chance
         rows = chance.randrange(10, 90)
         # Some rows ask the same: their answers are told apart by occurrence.
         numbers = [chance.randrange(rows) for _ in range(rows)]
-        input_path = self.directory / "in.jsonl"
-        kind = chance.choice(("fresh", "fresh", "grown", "edited"))
-        if kind != "fresh":
-            earlier = numbers[: rows // 2]
-            if kind == "edited":
-                # Answers of rows that are gone: the old output is kept beside the new one.
-                earlier = [*earlier, 1_000, 1_001]
-                self.expected_names.add(f"{self.output.name}.bak")
-                self.may_stay.add(f"{self.output.name}.batchrun")
-            write_rows(input_path, earlier)
-            code, said = self.launcher.run(*self._command(), cwd=self.directory)
-            assert code == 0, said
-        chance.shuffle(numbers)
-        write_rows(input_path, numbers)
-        return numbers
+        kind = chance.choice(("fresh", "fresh", "grown", "edited", "shrunk"))
+        if kind == "fresh":
+            return [numbers]
+        earlier = numbers if kind == "shrunk" else numbers[: rows // 2]
+        if kind == "edited":
+            earlier = [*earlier, 1_000, 1_001]
+        write_rows(self.directory / "in.jsonl", earlier)
+        self._enter(earlier)
+        self._undisturbed_run()
+        shuffled = chance.sample(numbers, rows)
+        # What is gone for a run or two comes back.
+        shrunk = [shuffled[: chance.choice((0, 1, rows // 2))], numbers[: rows // 3]]
+        return [*shrunk, shuffled] if kind == "shrunk" else [shuffled]
 
     def asked(self) -> Counter[int]:
         entries = self.server.ledger.entries
@@ -337,7 +349,7 @@ class Story:
     def _moment(self, name: str) -> Moment:
         chance = self.chance
         if name == "request":
-            wanted = self.server.ledger.requests + chance.randrange(1, len(self.numbers) + 1)
+            wanted = self.server.ledger.requests + chance.randrange(1, len(self.numbers) + 2)
             return lambda: self.server.ledger.requests >= wanted
         if name == "time":
             return _after(chance.random() ** 2 * 0.25)
@@ -358,30 +370,26 @@ class Story:
         wanted = Counter(self.numbers) - self.held
         too_often = (asked - self.asked_before) - wanted
         assert not too_often, f"asked again though the answers were held: {too_often}"
-        now = held(self.directory, self.output, self.numbers)
+        now = held(self.output, list(self.ever))
         assert not self.held - now, f"lost: {self.held - now}"
         self.held, self.asked_before = now, asked
 
     def _check_end(self) -> Told:
         names = {path.name for path in self.directory.iterdir()}
-        assert names - self.may_stay == self.expected_names, names
+        unused = self.ever - Counter(self.numbers)
+        aside = {f"{self.output.stem}.unused.parquet"} if unused else set[str]()
+        assert names == {"in.jsonl", self.output.name} | aside, names
         footer = outputs.recognise(self.output)
         assert footer is not None
         assert footer.complete
-        in_doubt = sum(outcome.in_doubt for outcome in outputs.read_back(self.output))
+        files = (self.output, *(self.directory / name for name in aside))
+        in_doubt = sum(o.in_doubt for path in files for o in outputs.read_back(path))
         kills = sum(self.moments.values())
         ledger = self.server.ledger
-        needed = (self._earlier() | Counter(self.numbers)).total()
-        sent_again = ledger.requests - needed
+        sent_again = ledger.requests - self.ever.total()
         assert 0 <= sent_again <= in_doubt <= kills * IN_FLIGHT, (sent_again, in_doubt, kills)
         assert published(self.output) == self._undisturbed()
         return Told(kills, ledger.requests, sent_again, self.moments)
-
-    def _earlier(self) -> Counter[int]:
-        backup = self.output.with_name(f"{self.output.name}.bak")
-        if not backup.exists():
-            return Counter()
-        return Counter(_number_in(outcome.body) for outcome in outputs.read_back(backup))
 
     def _undisturbed(self) -> list[dict[str, Any]]:
         alone = self.directory / "undisturbed"

@@ -192,7 +192,7 @@ def test_a_failing_system_call_ends_well_and_the_rerun_repeats_nothing(
     if code:
         assert re.search(SAYS[error], " ".join(said.split())), said
     before = asked(server)
-    answered = held(place, output, numbers)
+    answered = held(output, numbers)
 
     code, said = launcher.run(*command(server), cwd=place)
     assert code == 0, said
@@ -225,7 +225,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_earlier_output_as_it_was(
     assert output.read_bytes() == earlier
     assert not list(tmp_path.glob(".*.batchrun-tmp"))
     before = asked(server)
-    answered = held(tmp_path, output, numbers)
+    answered = held(output, numbers)
     assert launcher.run(*command(server), cwd=tmp_path)[0] == 0
     assert not (asked(server) - before) - (Counter(numbers) - answered)
     assert [row["n"] for row in published(output)] == numbers

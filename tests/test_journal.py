@@ -1122,27 +1122,6 @@ def test_reset_begins_with_the_new_header_and_nothing_held(state: Path) -> None:
     assert not (state / "journal-table").exists()
 
 
-def test_a_journal_set_aside_is_whole_where_it_is_now(state: Path, tmp_path: Path) -> None:
-    fill(state)
-    aside = tmp_path / "aside"
-    with opened(aside, segment_bytes=500) as older:
-        for number in range(80):
-            settle(older, number)
-    assert len(segments(aside)) > len(segments(state))
-    with opened(state) as journal:
-        journal.set_aside(aside)
-        assert Journal.peek(state) is None
-        with pytest.raises(LocalIOError):
-            settle(journal, 0)
-        journal.reset(replace(HEADER, run_id="run-2"))
-        settle(journal, 0)
-    with opened(aside) as journal:
-        assert held_numbers(journal, MANY) == list(MANY)
-        assert journal.recovery == WHOLE
-    with opened(state) as journal:
-        assert held_numbers(journal, MANY) == [0]
-
-
 def test_imported_runs_are_remembered(state: Path) -> None:
     for segment_bytes in (1_000_000, 200, 200):
         with opened(state, segment_bytes=segment_bytes) as journal:

@@ -66,7 +66,8 @@ LAYERS = (
         "topics",
     },
     {"journal"},  # its segments, written and read as one
-    {"plan", "delivery"},  # the passes of a run, each over several edges
+    # the passes of a run, each over several edges
+    {"plan", "delivery", "unused"},
     {"runner"},  # the composition
     {"views", "api", "flags"},  # views of runs, the calls of Python programs, what can be typed
     {"cli", "__init__"},

@@ -5,7 +5,7 @@ settings, limits, retries, overwrites and collects, in any order. The runs are p
 own; the server's answers carry a number that no other answer has, so that one that is lost,
 replaced or given to another row shows. After every step:
 
-* no answer that was held is lost, and none of the current rows' is replaced;
+* no answer that was ever held is lost, and none of the current rows' is replaced;
 * no run asks for what was held when it began;
 * a published or collected file has the input's rows, in order, each with its own answer.
 """
@@ -191,6 +191,7 @@ class Model(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp(prefix="model-"))
         self.rows: list[Row] = []
         self.system: str | None = None
+        self.ever: set[int] = set()  # all answers that were ever held
 
     def teardown(self) -> None:
         shutil.rmtree(self.directory)
@@ -295,17 +296,19 @@ class Model(RuleBasedStateMachine):
         (self.directory / "in.jsonl").write_text("".join(lines))
 
     def held(self) -> Memory:
-        """What a run may find: the state and the output."""
+        """What a run may find: the state, the output, and the answers of rows that are gone."""
         memory = Memory()
         memory.add_output(self.output)
+        for path in self.directory.glob("out.unused*.parquet"):
+            memory.add_output(path)
         memory.add_state(self.state)
         return memory
 
     def everywhere(self) -> Memory:
         """That, and what was set aside."""
         memory = self.held()
-        memory.add_output(self.output.with_name(self.output.name + ".bak"))
-        memory.add_state(self.state.with_name(self.state.name + ".bak"))
+        for path in self.directory.glob(f"{self.output.name}.bak*"):
+            memory.add_output(path)
         return memory
 
     def run(
@@ -317,7 +320,8 @@ class Model(RuleBasedStateMachine):
         assert "Traceback" not in said, said
         after, rows = self.held(), self.rows[:limit]
         asked = self.world.asked
-        assert before.serials <= self.everywhere().serials, "an answer was lost"
+        self.ever |= before.serials
+        assert self.ever <= self.everywhere().serials, "an answer was lost"
         if code == 2:
             self.check_refusal(before, after, options, limit, said)
             return

@@ -802,22 +802,44 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
     outputs.clean_leftovers(tmp_path / "missing" / "out")
 
 
-def test_a_backup_takes_the_place_of_an_older_one(old: Path) -> None:
+def test_a_backup_takes_the_place_of_no_other_file(old: Path) -> None:
     kept = outputs.backup(old)
     assert kept == old.with_name("out.parquet.bak")
     publish(old, slice_of(outcome(completion("new"))))
+    second = outputs.backup(old)
+    assert second == old.with_name("out.parquet.bak.2")
     assert [row["response"] for row in rows_of(kept)] == ["old"]
-    assert outputs.backup(old) == kept
-    assert [row["response"] for row in rows_of(kept)] == ["new"]
+    assert [row["response"] for row in rows_of(second)] == ["new"]
     assert [row["response"] for row in rows_of(old)] == ["new"]
+    assert sorted(os.listdir(old.parent)) == [
+        *("out.parquet", "out.parquet.bak", "out.parquet.bak.2"),
+    ]
+
+
+def test_a_file_that_is_kept_already_is_not_kept_twice(old: Path) -> None:
+    assert outputs.backup(old) == outputs.backup(old)
     assert sorted(os.listdir(old.parent)) == ["out.parquet", "out.parquet.bak"]
 
 
-def test_a_backup_that_cannot_be_made_is_said(old: Path) -> None:
-    old.with_name("out.parquet.bak").mkdir()
+@pytest.mark.parametrize("kind", ["directory", "link", "pipe", "file"])
+def test_what_has_the_name_of_a_backup_stays(kind: str, old: Path) -> None:
+    taken = old.with_name("out.parquet.bak")
+    if kind == "directory":
+        taken.mkdir()
+    elif kind == "link":
+        taken.symlink_to(old)
+    elif kind == "pipe":
+        os.mkfifo(taken)
+    else:
+        taken.write_text("mine")
+    assert outputs.backup(old) == old.with_name("out.parquet.bak.2")
+    assert [row["response"] for row in rows_of(old.with_name("out.parquet.bak.2"))] == ["old"]
+    assert kind != "file" or taken.read_text() == "mine"
+
+
+def test_a_backup_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     with pytest.raises(LocalIOError, match=r"out\.parquet\.bak"):
-        outputs.backup(old)
-    assert sorted(os.listdir(old.parent)) == ["out.parquet", "out.parquet.bak"]
+        outputs.backup(tmp_path / "missing" / "out.parquet")
 
 
 # --- the tally -----------------------------------------------------------------------------------

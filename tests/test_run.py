@@ -321,8 +321,8 @@ def test_edited_appended_and_deleted_rows_cost_the_edited_and_appended_ones(
     answers = table()
     assert answers["n"] == numbers
     assert answers["response"] == [f"[synthetic] {question(n)}" for n in numbers]
-    assert ended.summary["backup"] == "in.results.parquet.bak"
-    assert table("in.results.parquet.bak")["n"] == list(range(100))
+    assert ended.summary["backup"] is None
+    assert ended.summary["unused"]["answers"] == 13
     before = identity()
     assert submit("in.jsonl", *to(finished)).code == 0
     assert identity() == before
@@ -568,7 +568,7 @@ def test_mock_and_real_never_mix(mock: StartMock, submit: Submit) -> None:
     assert submit("in.jsonl", "--mock", "-m", "m", "-o", "real.parquet").code == 2
 
 
-def test_answers_of_rows_that_are_gone_survive_in_the_state(
+def test_answers_of_rows_that_are_gone_before_anything_was_published_are_kept(
     mock: StartMock, submit: Submit, running: StartRun
 ) -> None:
     holding = Holding(mock, 10)
