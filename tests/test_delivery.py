@@ -45,7 +45,7 @@ from batchrun.mock_server import (
 from batchrun.progress import Progress
 
 if TYPE_CHECKING:
-    from conftest import StartMock, StartRun
+    from conftest import Spawn, StartMock, StartRun
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 30.0  # for events of another process; reached only when something is broken
@@ -205,6 +205,38 @@ def test_a_second_signal_leaves_a_clean_terminal(mock: StartMock, running: Start
     # The bar is wiped out, and the text begins where it stood.
     assert last.endswith("\r")
     assert not last.rstrip("\r").rpartition("\r")[2].strip()
+
+
+HANGING = """
+import asyncio, functools, signal
+from batchrun import process
+
+say = functools.partial(print, flush=True)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+async def hang():
+    with process.signals(lambda _: say("first"), lambda: say("second"), lambda: say("last words")):
+        say("ready")
+        await asyncio.sleep(3600)
+
+process.LEAVE_S = 3600.0 if {third} else 0.1
+asyncio.run(hang())
+"""
+
+
+@pytest.mark.parametrize("third", [True, False], ids=["third signal", "in vain for a while"])
+def test_a_run_that_hangs_is_left_all_the_same(third: bool, spawn: Spawn) -> None:
+    with spawn(HANGING.format(third=third)) as process:
+        assert process.stdout is not None
+        for words in ("ready", "first", "second"):
+            assert process.stdout.readline() == f"{words}\n"
+            # Signals within moments of the first are taken for its echo.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.5 if words == "first" else 0.0)
+            if words != "second" or third:
+                process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "last words\n"
+        assert process.wait(WAIT_S) == 130
 
 
 def test_the_bar_and_the_last_line_tell_one_speed(mock: StartMock, running: StartRun) -> None:
