@@ -54,41 +54,44 @@ class Line(ResponseHandler):
         self.uses = 0
         self._arrivals = 0
         self._arrivals_before = 0
+        self._poll = select.poll()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            self._poll.register(sock.fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         # aiohttp also calls this without any, to go on with what it has.
-        self._arrivals += bool(data)
+        if data:
+            self._arrivals += 1
         super().data_received(data)
 
     def begin(self) -> None:
         self.uses += 1
         self._arrivals_before = self._arrivals
 
-    def rest(self) -> None:
-        """The reply is whole. What arrives from now on was not asked for."""
+    def rest(self) -> bool:
+        """Whether something came since it began. What arrives from now on was not asked for."""
+        has_heard = self._arrivals != self._arrivals_before
         self._arrivals_before = self._arrivals
-
-    @property
-    def is_silent(self) -> bool:
-        """Nothing came since it began, or since it rests."""
-        return self._arrivals == self._arrivals_before
-
-    def has_news(self) -> bool:
-        """Bytes or an end wait in the socket, which the loop has not read yet."""
-        sock = None if self.transport is None else self.transport.get_extra_info("socket")
-        if sock is None or sock.fileno() < 0:
-            return True
-        poll = select.poll()
-        poll.register(sock.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
+        return has_heard
 
     def is_clean(self) -> bool:
-        """Whether a request may go out on it."""
-        return self.is_silent and not self.should_close and not self.has_news()
+        """Whether a request may go out on it: nothing came, and nothing waits in the socket."""
+        if self._arrivals != self._arrivals_before or self.should_close:
+            return False
+        return self.is_connected() and not self._poll.poll(0)
 
 
 class Trip:
     """One way to the endpoint and back, as far as its connection is concerned."""
+
+    __slots__ = (
+        *("_began_s", "_deadlines", "_limit", "_line"),
+        *("connecting_s", "left", "wants_new", "was_proven", "was_reused", "was_silent"),
+    )
 
     def __init__(
         self,
@@ -106,17 +109,20 @@ class Trip:
         self._began_s = 0.0
         self._limit = limit
         self._deadlines = deadlines
+        self._line: Line | None = None
 
-    def begin(self, line: Line) -> None:
+    def begin(self, line: Line, now: float) -> None:
         self.was_reused = line.uses > 0
-        self._began_s = asyncio.get_running_loop().time()
+        self._line = line
+        self._began_s = now
         line.begin()
         if self._deadlines is not None and self._limit is not None:
-            self._deadlines.start(self._limit)
+            self._deadlines.start(self._limit, now)
 
-    def end(self, line: Line) -> None:
-        self.was_silent = line.is_silent
-        line.rest()
+    def end(self) -> None:
+        """Its connection is free again, or closed."""
+        if self._line is not None:
+            self.was_silent = not self._line.rest()
 
     @property
     def is_early(self) -> bool:
@@ -176,8 +182,8 @@ class Connector(aiohttp.TCPConnector):
             connection.close()
         if not trusts:
             line.force_close()
-        trip.begin(line)
-        connection.add_callback(functools.partial(trip.end, line))
+        trip.begin(line, self._loop.time())
+        connection.add_callback(trip.end)
         return connection
 
     def lost(self, trip: Trip, exc: Exception) -> bool:
@@ -212,7 +218,7 @@ class Connector(aiohttp.TCPConnector):
         except BaseException:
             connection.close()
             raise
-        if line.is_connected() and line.is_clean():
+        if line.is_clean():
             self._proofs_wanted = max(0, self._proofs_wanted - 1)
             return
         connection.close()

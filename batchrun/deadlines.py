@@ -30,9 +30,8 @@ class Deadlines:
         self._planned_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self, limit: asyncio.Timeout) -> None:
-        """``limit`` expires after the allowed time, unless ``end`` comes first."""
-        now = asyncio.get_running_loop().time()
+    def start(self, limit: asyncio.Timeout, now: float) -> None:
+        """``limit`` expires after the allowed time from ``now`` on, unless ``end`` comes first."""
         if self._timer is None:
             self._looked_s = now
         self._due[limit] = self._ran_s + now - self._looked_s + self.allowed_s

@@ -146,7 +146,12 @@ class ChatEndpoint:
                 trip = Trip(limit, self._deadlines, wants_new=wants_new)
                 TRIP.set(trip)
                 try:
-                    response = await self._post(request.body)
+                    response = await self._session.post(
+                        self._url,
+                        data=self._content(request.body),
+                        headers=None if self._is_lean else self._headers,
+                        allow_redirects=False,
+                    )
                     attempt = await self._read(response, started_s)
                 finally:
                     self._deadlines.end(limit)
@@ -157,18 +162,12 @@ class ChatEndpoint:
             attempt = self._failed(exc, started_s, response, left=trip.left)
             is_lost = response is None and _is_loss(exc) and self._connector.lost(trip, exc)
             return _Tried(attempt, is_lost and not wants_new)
-        return _Tried(attempt, _was_for_nobody(attempt, trip) and not wants_new)
-
-    async def _post(self, body: bytes) -> aiohttp.ClientResponse:
-        try:
-            return await self._session.post(
-                self._url,
-                data=self._content(body),
-                headers=None if self._is_lean else self._headers,
-                allow_redirects=False,
-            )
         except ValueError as exc:
-            raise _Unsendable(type(exc).__name__) from exc
+            if response is not None:
+                raise
+            unsendable = _Unsendable(type(exc).__name__)
+            return _Tried(self._failed(unsendable, started_s, None, left=False), goes_again=False)
+        return _Tried(attempt, _was_for_nobody(attempt, trip) and not wants_new)
 
     def _content(self, body: bytes) -> bytes | io.BytesIO:
         return body if self._is_lean or len(body) <= LARGE_BODY_BYTES else io.BytesIO(body)
@@ -183,10 +182,13 @@ class ChatEndpoint:
                 self._new_session(Connector(), lean=False) as session,
             ):
                 TRIP.set(Trip(limit, self._deadlines))
-                async with session.get(
-                    url, headers=self._headers, allow_redirects=False
-                ) as response:
-                    body = await _whole(response, self._space)
+                try:
+                    async with session.get(
+                        url, headers=self._headers, allow_redirects=False
+                    ) as response:
+                        body = await _whole(response, self._space)
+                finally:
+                    self._deadlines.end(limit)
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             failure, detail, _ = self._explained(exc)
             stopped = EndpointRefused if failure in ("tls", "no_host") else StoppedEarly
@@ -284,8 +286,9 @@ class _Tried(NamedTuple):
 
 def _was_for_nobody(attempt: Attempt, trip: Trip) -> bool:
     """A server that closes an idle connection may say so, just when a request is on its way."""
-    is_closing = "close" in attempt.headers.get("Connection", "").lower()
-    return attempt.status == 408 and is_closing and trip.was_reused and trip.is_early
+    if attempt.status != 408 or not (trip.was_reused and trip.is_early):
+        return False
+    return "close" in attempt.headers.get("Connection", "").lower()
 
 
 def _is_loss(exc: Exception) -> bool:

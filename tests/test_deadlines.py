@@ -38,7 +38,7 @@ def ends(steps: list[float], allowed_s: float) -> list[bool]:
 
     async def attempt(deadlines: Deadlines) -> None:
         async with asyncio.timeout(None) as limit:
-            deadlines.start(limit)
+            deadlines.start(limit, clock.now)
             await asyncio.Event().wait()
 
     async def turns() -> None:
