@@ -401,7 +401,7 @@ def test_a_compressed_reply_is_read(encoding: str) -> None:
     [
         ("gzip", b"not gzip at all", "bad_encoding"),
         ("br", b"\x8b", "bad_encoding"),
-        ("gzip", gzip.compress(ANSWER)[:-12], "cut"),
+        ("gzip", gzip.compress(ANSWER, mtime=0)[:-12], "cut"),
     ],
 )
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
