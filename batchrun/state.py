@@ -130,9 +130,10 @@ class StateDir:
 
     def forget_spools(self, but: Path) -> None:
         """Remove an input that an earlier run kept in the other form."""
-        for spool in (self.rows_spool, self.table_spool):
-            if spool != but:
-                spool.unlink(missing_ok=True)
+        with reporting(self.path, "remove"):
+            for spool in (self.rows_spool, self.table_spool):
+                if spool != but:
+                    spool.unlink(missing_ok=True)
 
     def check_apart(self, files: Iterable[Path]) -> None:
         """UsageError when one lies in here, where a name of ours could be its own."""
