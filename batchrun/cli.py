@@ -57,7 +57,6 @@ from batchrun.options import (
     Layer,
     Options,
     build_config,
-    is_text,
     key_variables,
     parse_headers,
 )
@@ -240,8 +239,6 @@ def collect(
             raise UsageError("--json and -o - both write to stdout; choose one")
         if output is not None:
             output_format(output)
-            if not is_text(output):
-                raise UsageError(f"-o {output}: a name that is not UTF-8; choose another")
         state_dir = None if state is None else Path(state)
         facts = views.collect(collected_from, state_dir, output)
         _tell(facts, report.collect_block(facts), as_json=json)

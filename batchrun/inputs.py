@@ -894,9 +894,11 @@ def _mapped_errors(file: InputFile) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
         raise _packed_badly(file, cut=isinstance(exc, EOFError)) from exc
-    except UnicodeEncodeError as exc:
-        raise UsageError(f"{file.name}: a table of a name that is not UTF-8; rename it") from exc
-    except pa.ArrowException as exc:
+    except MemoryError as exc:
+        what = "takes more memory than there is; or it is damaged, and says that it does"
+        raise LocalIOError(f"{file.name}: {what}") from exc
+    # A damaged footer may hold names that are no text.
+    except (pa.ArrowException, UnicodeDecodeError) as exc:
         raise LocalIOError(f"{file.name}: {_table_trouble(file, exc)}") from exc
     except OSError as exc:
         if exc.errno is not None:

@@ -181,7 +181,7 @@ def build_config(options: Options, given: Given, *, sends: bool = True) -> RunCo
 
 
 # A file may be called by any bytes; a request holds text.
-_PATHS = frozenset({"inputs", "state", "api_key_file", "log_file"})
+_PATHS = frozenset({"inputs", "output", "state", "api_key_file", "log_file"})
 
 
 def _check_text(options: Options) -> None:
@@ -200,10 +200,7 @@ def is_text(text: str) -> bool:
 
 def _settled_output(options: Options) -> str:
     if options.output is None:
-        named = default_output(options.inputs, mock=options.mock)
-        if not is_text(named):
-            raise UsageError(f"{named}: a name that is not UTF-8; name the output with -o")
-        return named
+        return default_output(options.inputs, mock=options.mock)
     if options.output != STDOUT and any(
         Path(path).exists() and Path(path).resolve() == Path(options.output).resolve()
         for path in options.inputs

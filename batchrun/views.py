@@ -17,7 +17,6 @@ from batchrun.config import STDIN, STDOUT, VERSION, OutputFormat, RunConfig
 from batchrun.errors import UsageError
 from batchrun.inputs import Batch
 from batchrun.journal import Held, Journal
-from batchrun.options import is_text
 from batchrun.outputs import Footer, FooterRows, PublishedRow, Schema, Slice, Target
 from batchrun.prompts import Invalid
 from batchrun.report import BadRowFacts, CollectFacts, StatusFacts, ValidateFacts
@@ -278,7 +277,7 @@ async def models(config: RunConfig) -> list[str]:
 
 def _footer(output: str) -> Footer | None:
     path = Path(output)
-    return outputs.recognise(path) if is_text(output) and path.is_file() else None
+    return outputs.recognise(path) if path.is_file() else None
 
 
 def _place(target: str, output: str, inputs: Iterable[Path]) -> Target | BinaryIO:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
@@ -154,17 +156,18 @@ def test_a_strange_value_is_used_or_refused_in_words(value: str, tmp_path: Path)
 # Files of strange names and contents
 
 
-def test_an_input_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
-    name = tmp_path / "caf\udce9.jsonl"
-    name.write_text('{"prompt":"a"}\n')
-    refused = run(("submit", name.name, "--mock"), tmp_path)
-    assert refused.returncode == 2
-    assert "name the output with -o" in refused.stderr
-    ended = run(
-        ("submit", name.name, "--mock", "-o", "out.parquet", "--state", "st\udce9"), tmp_path
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert pq.read_table(tmp_path / "out.parquet").num_rows == 1
+def test_names_that_are_not_utf8_work_from_start_to_end(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.jsonl").write_text('{"prompt":"a"}\n')
+    made = "caf\udce9.mock.parquet"
+    for command in (
+        ("submit", "caf\udce9.jsonl", "--mock", "--state", "st\udce9"),
+        ("status", made),
+        ("validate", made, "--mock", "--shape", "body"),
+        ("collect", made, "-o", "c\udce9.jsonl"),
+    ):
+        ended = run(command, tmp_path)
+        assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "c\udce9.jsonl").read_bytes().count(b"\n") == 1
 
 
 def test_names_do_not_command_the_terminal(tmp_path: Path) -> None:
@@ -200,6 +203,37 @@ def test_encrypted_parquet_is_called_what_it_is(tmp_path: Path) -> None:
     ended = run(("submit", "in.parquet", "--mock"), tmp_path)
     assert ended.returncode in (2, 74)
     assert "encrypted Parquet" in ended.stderr
+
+
+def damaged(whole: bytes, rng: random.Random) -> bytes:
+    """A copy with a bit turned, bytes replaced or a piece missing; its ends stay."""
+    copy = bytearray(whole)
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    at = rng.randrange(rng.choice((4, footer)), len(whole) - 8)
+    match rng.randrange(3):
+        case 0:
+            copy[at] ^= 1 << rng.randrange(8)
+        case 1:
+            copy[at : at + 4] = rng.randbytes(4)
+        case 2:
+            del copy[at : at + rng.choice((1, 7, 64))]
+    return bytes(copy)
+
+
+def test_damaged_parquet_ends_in_words(tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {n}", "n": n, "more": {"a": [n]}} for n in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "whole.parquet", row_group_size=100)
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    rng = random.Random(8)
+    copies = [damaged(whole, rng) for _ in range(150)]
+    copies += [whole.replace(b"more", b"mo\x90e")]  # a name that is no text
+    tried = []
+    for number, copy in enumerate(copies):
+        (tmp_path / f"{number}.parquet").write_bytes(copy)
+        tried.append(Place("validate", ("validate", f"{number}.parquet", "--mock")))
+    for place, (code, said) in zip(tried, run_all(tried, tmp_path), strict=True):
+        assert code in (0, 2, 3, 74), (place, said)
+        assert code != 74 or ".parquet: " in said
 
 
 # Machines that give less than usual
