@@ -246,7 +246,7 @@ def _may_be_a_state(path: Path, output: str) -> bool:
             raise _unsafe(path, f"holds a run and {output} would join it", "choose another -o")
         return True
     is_empty = not names or (names == {LOCK} and _is_lock(path / LOCK))
-    # A state that was set aside lies beside it, in the same file system.
+    # A file system is never one run's alone.
     return is_empty and not holds_output and not os.path.ismount(path)
 
 
