@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun import outputs
+from batchrun.journal import FORMAT, Header, Journal
 from batchrun.mock_server import MockReply, MockRequest, MockServerThread, error_reply
+from batchrun.prompts import HASH_VERSION
 
 if TYPE_CHECKING:
     from conftest import Ended, StartMock, Submit
@@ -318,3 +322,68 @@ def test_a_file_of_the_backups_name_stays(job: Job) -> None:
     assert ended.summary["backup"] == "out.parquet.bak.2"
     assert "out.parquet.bak.2" in ended.err
     assert Path("out.parquet.bak").read_text() == "precious"
+
+
+# A journal and a published file that each lack what the other has
+
+
+@pytest.mark.parametrize("left", [0, 10], ids=["void", "shortened"])
+@pytest.mark.parametrize("output", ["out.parquet", "out.jsonl"])
+def test_a_shortened_journal_of_the_published_run_takes_the_rest_from_the_file(
+    output: str, left: int, mock: StartMock, submit: Submit
+) -> None:
+    job = Job(mock(), submit, "-o", output)
+    job(FIFTY)
+    leave_journal(Path(output), answers=left)
+    job([*FIFTY[:-1], 100])
+    assert job.asked == 51
+    assert not Path(f"{output}.batchrun").exists()
+
+
+def test_a_journal_that_read_an_earlier_publication_reads_the_later_one(job: Job) -> None:
+    job(FIFTY[:10])
+    earlier = outputs.recognise(Path("out.parquet"))
+    assert earlier is not None
+    job(FIFTY)
+    leave_journal(Path("out.parquet"), answers=10, imported=earlier.publication)
+    job([*FIFTY, 100])
+    assert job.asked == 51
+
+
+def test_a_void_journal_lets_nobody_replace_an_output_made_with_other_settings(job: Job) -> None:
+    job(FIFTY)
+    leave_journal(Path("out.parquet"), answers=0)
+    ended = job(FIFTY, "--system", "Briefly.", code=2)
+    assert "50 answers would be asked for again" in ended.err
+    assert job.asked == 50
+    assert responses() == expected(FIFTY)
+
+
+def leave_journal(output: Path, *, answers: int, imported: str | None = None) -> None:
+    """Beside the output, as a run killed while it removed its state might: the first answers."""
+    footer = outputs.recognise(output)
+    assert footer is not None
+    header = Header(FORMAT, HASH_VERSION, footer.run_id, 0, "0.1.0", footer.settings, False)
+    state = output.with_name(f"{output.name}.batchrun")
+    state.mkdir(0o700)
+    with closing(Journal.open(state, header)) as book:
+        for outcome in islice(outputs.read_back(output), answers):
+            book.settled(book.claim(outcome.hash), outcome)
+        if imported is not None:
+            book.note_imported(imported)
+        book.sync()
+
+
+def test_answers_of_an_unfinished_run_with_other_settings_are_kept_and_found_again(
+    mock: StartMock, submit: Submit
+) -> None:
+    def respond(request: MockRequest) -> MockReply | None:
+        return error_reply(401, "no") if request.n == 21 else None
+
+    job = Job(mock(respond=respond), submit, "-c", 1)
+    job(FIFTY, code=4)
+    ended = job(FIFTY[:5], "--system", "Briefly.", "--overwrite")
+    assert ended.summary["unused"]["answers"] == 20
+    assert sorted(os.listdir()) == ["in.jsonl", "out.parquet", UNUSED]
+    job(FIFTY, "--overwrite")
+    assert job.asked == 21 + 5 + 30
