@@ -126,6 +126,8 @@ class StatusFacts(Struct, frozen=True, kw_only=True):
     errors: tuple[ErrorCount, ...] = ()
     tokens: TokenCounts | None = None
     synthetic: bool = False
+    unused_answers: int = 0  # of rows gone from the input
+    unused_file: str | None = None  # keeps them
 
     @property
     def exit_code(self) -> int:
@@ -743,6 +745,9 @@ def _was_finished(facts: StatusFacts) -> list[str]:
     lines += [_cut(f"{'':<{LABEL_WIDTH}}{_example(c)}") for c in facts.errors[:1] if c.example]
     if facts.tokens is not None and (words := _token_words(facts.tokens)) is not None:
         lines += _labelled("tokens", words)
+    if facts.unused_answers:
+        held = count(facts.unused_answers, "answer")
+        lines += _labelled("unused", f"{held} of rows gone from the input in {facts.unused_file}")
     return lines
 
 

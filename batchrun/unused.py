@@ -64,7 +64,7 @@ class Kept(NamedTuple):
 
 
 class Unused:
-    """The answers of one output whose rows are gone. Use it holding the output's lock.
+    """The answers of one output whose rows are gone. ``tend`` is for who holds the output's lock.
 
     Synthetic answers and real ones never mix: files of the other kind are left alone. With
     ``keep_days`` None nothing is ever dropped.
@@ -74,8 +74,12 @@ class Unused:
         self._output = output
         self._synthetic = synthetic
         self._keep_days = keep_days
-        outputs.clean_leftovers(self._name(1))
         self._files = [file for path in self._names() if (file := self._recognised(path))]
+
+    @property
+    def kept(self) -> Kept:
+        """What is set aside now."""
+        return _as_they_are([file for file in self._files if file.is_own])
 
     def take_back(self, book: Journal, check_stop: Callable[[], None]) -> int:
         """Give rows that lack an answer one of an equal request; how many were given."""
@@ -99,6 +103,8 @@ class Unused:
         durable when this returns; the files change in one step each.
         """
         own = [file for file in self._files if file.is_own]
+        target, not_ours = self._target(own)
+        outputs.clean_leftovers(target.shown)
         now_ms = int(time.time() * 1000)
         oldest_ms = 0 if self._keep_days is None else now_ms - int(self._keep_days * DAY_MS)
         if book is None and all(file.oldest_ms > oldest_ms for file in own):
@@ -118,7 +124,6 @@ class Unused:
             self._files = [file for file in self._files if not file.is_own]
             return Kept(dropped=expired)
         slices = _slices(own, stays, book, left, now_ms)
-        target, not_ours = self._target(own)
         footer = self._write(target, slices, oldest_kept_ms)
         _remove([file for file in own if file.path != target.shown])
         written = File(Target.at(target.shown), footer, is_own=True)

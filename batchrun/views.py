@@ -33,6 +33,7 @@ from batchrun.secret import hidden_in_url
 from batchrun.slots import SlotTable
 from batchrun.state import StateDir
 from batchrun.types import RowCounts
+from batchrun.unused import Unused
 
 SHOWN_BAD_ROWS = 1_000
 
@@ -100,6 +101,7 @@ def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     footer = _footer(output)
     if footer is None:
         raise UsageError(f"{output}: no run and no output of batchrun there")
+    unused = Unused(Path(output), synthetic=footer.synthetic, keep_days=None).kept
     return StatusFacts(
         state="finished",
         output=output,
@@ -110,6 +112,8 @@ def status(output: str, state_dir: Path | None = None) -> StatusFacts:
         errors=tuple(footer.errors),
         tokens=footer.tokens,
         synthetic=footer.synthetic,
+        unused_answers=unused.answers,
+        unused_file=str(unused.file) if unused.file else None,
     )
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun import outputs
+from batchrun.cli import run_command
 from batchrun.journal import FORMAT, Header, Journal
 from batchrun.mock_server import MockReply, MockRequest, MockServerThread, error_reply
 from batchrun.prompts import HASH_VERSION
@@ -150,6 +151,17 @@ def test_what_is_set_aside_is_said_with_its_number(job: Job) -> None:
         "moved": 5,
         "file": "",
     }
+
+
+def test_status_says_what_is_set_aside(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job(FIFTY)
+    job(FIFTY[:5])
+    assert run_command(["status", "out.parquet", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["unused_answers"], told["unused_file"]) == (45, UNUSED)
+    assert run_command(["status", "out.parquet"]) == 0
+    said = "".join(capsys.readouterr())
+    assert f"unused    45 answers of rows gone from the input in {UNUSED}" in said
 
 
 def test_equal_rows_are_kept_each(mock: StartMock, submit: Submit) -> None:
