@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -33,6 +33,7 @@ from batchrun.config import (
     IfLocked,
     JSONValue,
     RunConfig,
+    default_output,
 )
 from batchrun.delivery import Delivered, Totals
 from batchrun.endpoint import ChatEndpoint
@@ -60,7 +61,7 @@ from batchrun.progress import Progress, Snapshot
 from batchrun.prompts import PromptSettings
 from batchrun.providers import DEFAULT_MODEL, Endpoint, provider_of
 from batchrun.report import FileFacts, StartFacts
-from batchrun.saved import save_config, saved_hosts
+from batchrun.saved import read_saved, save_config
 from batchrun.secret import hidden_in_url
 from batchrun.state import StateDir, locate
 from batchrun.types import Bound, OutputTotals, RowCounts, RunSummary, State, ThisRun
@@ -201,6 +202,7 @@ class _Run:
         self.started_at_ms = int(time.time() * 1000)
         self.published: Footer | None = None
         self.hosts_before: list[str] = []
+        self.inputs_before: list[str] = []
         self.keep_old = self.continues = self.began_nothing = False
         self.at_stake = 0  # answers of an output that was made with other settings
         self.summary = RunSummary(
@@ -223,6 +225,7 @@ class _Run:
         self.published = self._recognise()
         if self.published is not None:
             self.hosts_before = self.published.hosts
+            self.inputs_before = self.published.inputs
         if (
             self.published is not None
             and not has_journal(self.state)
@@ -257,6 +260,11 @@ class _Run:
             await asyncio.to_thread(self._tend_unused, self.book)
             return self._nothing_left(self.published)
         self._count_rows(RunTally())
+        if (twin := _twin(self.inputs_before, config=self.config)) is not None:
+            self._note(
+                f"{self.config.output} was made from {twin}, and is now made from"
+                f" {self.config.inputs[0]}; name another output with -o to keep both"
+            )
         self._warn_of_a_small_disk()
         self._say_start(files)
         if self.plan.counts.to_send:
@@ -360,7 +368,9 @@ class _Run:
                 self._set_aside(book)
             book.reset(header)
             self.continues = False
-        self.hosts_before += saved_hosts(self.state)
+        if (saved := read_saved(self.state)) is not None:
+            self.hosts_before += saved.hosts
+            self.inputs_before = saved.inputs
         if book.recovery.cut_bytes or book.recovery.holes:
             self._note(_recovered(book.recovery))
         return book
@@ -857,6 +867,18 @@ def file_facts(source: Source) -> FileFacts:
         sent=source.layout.sent,
         carried_only=source.layout.carried_only,
     )
+
+
+def _twin(before: Sequence[str], config: RunConfig) -> str | None:
+    """The other input behind this output, when both have it for want of a name with ``-o``."""
+    if len(before) != 1 or len(config.inputs) != 1 or config.to_stdout:
+        return None
+    old, new = Path(before[0]).name, Path(config.inputs[0]).name
+    with suppress(UsageError):
+        names = {default_output((each,), mock=config.mock) for each in (old, new)}
+        if old != new and names == {Path(config.output).name}:
+            return old
+    return None
 
 
 def _differ(

@@ -84,11 +84,6 @@ def read_saved(state: Path) -> Saved | None:
         return None
 
 
-def saved_hosts(state: Path) -> list[str]:
-    saved = read_saved(state)
-    return saved.hosts if saved else []
-
-
 def restored(saved: Saved) -> RunConfig:
     """A config that reads the same rows and publishes them alike; it cannot send."""
     return RunConfig(

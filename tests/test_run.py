@@ -1013,9 +1013,17 @@ def test_a_file_of_any_name_is_read_published_and_read_again(
     server = mock()
     source = Path(os.fsdecode(name))
     write_rows(range(3), str(source))
-    ended = submit(*to(server), "--", source)
-    assert ended.code == 0
     output = Path(os.fsdecode(name.removesuffix(b".jsonl") + b".results.parquet"))
+    named = () if name.isascii() else ("-o", "out.parquet")
+    ended = submit(*to(server), *named, "--", source)
+    assert ended.code == 0
+    if named:  # only what others wrote has such a name
+        shutil.copy("out.parquet", output)
+        output = Path("out.parquet")
+        again = pq.read_table("out.parquet")["response"].to_pylist()
+        copy = Path(os.fsdecode(b"\xff a.results.parquet"))
+        assert submit(*to(server), "-o", "b.parquet", "--", copy).code == 0
+        assert table("b.parquet")["input_response"] == again
     [following] = [line for line in ended.err.splitlines() if line.startswith("next")] or [""]
     if following:
         command = following.removeprefix("next").strip().replace("batchrun", "echo", 1)
@@ -1026,7 +1034,7 @@ def test_a_file_of_any_name_is_read_published_and_read_again(
         assert pq.read_table(table_file)["response"].to_pylist()[0]
     assert run_command(["collect", "-o", "copy.parquet", "--", str(output)]) == 0
     write_rows(range(4), str(source))
-    assert submit(*to(server), "--", source).code == 0
+    assert submit(*to(server), *named, "--", source).code == 0
     assert asked(server)[-1] == 3
     assert run_command(["status", "--", str(output)]) == 0
 
@@ -1066,3 +1074,18 @@ def test_folder_columns_are_published_also_by_collect_from_elsewhere(
     monkeypatch.chdir(workplace)
     assert submit("data", "-o", "out.parquet", *to(mock())).code == 0
     assert table("out.parquet")["lang"] == ["de", "de", "fr", "fr"]
+
+
+def test_two_inputs_of_one_default_output_are_told_apart(mock: StartMock, submit: Submit) -> None:
+    server = mock()
+    write_rows(range(3))
+    pq.write_table(pa.table({"prompt": [question(n) for n in range(2, 5)]}), "in.parquet")
+    assert "was made from" not in submit("in.jsonl", *to(server)).err
+    ended = submit("in.parquet", *to(server))
+    said = " ".join(ended.err.split())
+    assert "in.results.parquet was made from in.jsonl, and is now made from in.parquet" in said
+    assert asked(server)[3:] == [3, 4]
+    assert "was made from" not in submit("in.parquet", *to(server)).err
+    # A name that was asked for may have any input.
+    assert submit("in.jsonl", "-o", "x.parquet", *to(server)).code == 0
+    assert "was made from" not in submit("in.parquet", "-o", "x.parquet", *to(server)).err
