@@ -96,10 +96,23 @@ TIMEOUT_LATENCIES = 3.0
 FREE_REFUSALS = 0.2
 MAX_FREE_REFUSALS = 8.0
 
+# A rate in headers that makes a request wait this long may be about something else than a minute.
+DOUBTED_WAIT_S = 0.9
+# How often to look whether a question was answered.
+MIN_LOOK_S = 0.05
+# A wait found not to hold for all binds the refused only, until so many more are refused than
+# answered, or a whole window: fewer, and chance closes the gate; more, and a real limit costs more.
+MIN_CREDIT = 16
+
 # --- Breaker -------------------------------------------------------------------------------------
+
+# What a proxy says of an endpoint that is not there.
+NOBODY_THERE = (502,)
 
 # Fewer, and a burst of unlucky rows pauses a healthy run; more, and an outage burns more attempts.
 BREAKER_FAILURES = 10
+# A row that fails again says something about itself. So many are remembered.
+MOST_FAILED_ROWS = 10_000
 # Sooner, and a server that restarts is hit while it loads; much later, and a blip costs minutes.
 FIRST_PROBE_S = 1.0
 MAX_PROBE_S = 30.0
@@ -122,6 +135,14 @@ class LimitSettings(Struct, frozen=True):
     max_outage_s: float = 600.0
 
 
+class _Flight(Struct, gc=False):
+    """A request in flight, and what it found when it left."""
+
+    admitted_at: float
+    delivered: int  # answers until then
+    ahead: int  # those in flight before it that are not known to be refused
+
+
 class Limits:
     """Admission for one endpoint. Called from one thread; ``now`` never goes backwards.
 
@@ -142,7 +163,7 @@ class Limits:
         )
         self._breaker = _Breaker(host, settings.max_outage_s)
         self._models: dict[str, _Model] = {}
-        self._flights: dict[int, tuple[float, int]] = {}  # id(request) -> admitted at, delivered
+        self._flights: dict[int, _Flight] = {}  # id(request) ->, in the order of departure
         self._places = _Places()
         self._verdict: StoppedEarly | None = None
         self._held_by: Bound | None = None  # gate or quota held back the last request asked for
@@ -168,8 +189,7 @@ class Limits:
         quota = model.quota
         if quota.is_known:
             wait = quota.wait(request, now)
-            if wait > 0.0:
-                self._held_by = "quota"
+            if wait > 0.0 and (wait := self._over_quota(model, wait, now)) > 0.0:
                 return wait
             quota.charge(request, now)
         self._take(request, model, now)
@@ -177,8 +197,10 @@ class Limits:
 
     def _take(self, request: Request, model: _Model, now: float) -> None:
         window, flights = self._window, self._flights
-        flights[id(request)] = (now, window.delivered)
+        flights[id(request)] = _Flight(now, window.delivered, len(flights))
         model.quota.admitted += 1
+        if model.is_doubtful:
+            model.leaves(id(request))
         self._held_by = None
         if len(flights) + len(self._places.held) >= window.size:
             window.filled_at = now
@@ -191,32 +213,38 @@ class Limits:
         """Take the attempt's place back and learn from what it brought."""
         window = self._window
         self._count_full(now)
-        admitted_at, delivered = self._flights.pop(id(request))
+        flight = self._flights.pop(id(request))
         model = self._models[request.model]
         if decision.kind == "ok":
             if self._breaker.since is not None or not self._breaker.answered:
                 self._alive(now)
-            window.answered(admitted_at, delivered, now)
+            window.answered(flight.admitted_at, flight.delivered, flight.ahead, now)
             if model.quota.reserved:
                 model.quota.settle(request, attempt)
+            if model.is_doubtful:
+                model.answered(id(request), flight.admitted_at, window.size, now)
             if now >= model.quota.look_at:
-                self._look(model, attempt, admitted_at, now)
+                self._look(model, attempt, flight.admitted_at, now)
                 model.opened()
         else:
-            # A refusal's own headers may explain it: read them before judging it.
-            self._look(model, attempt, admitted_at, now)
-            self._learn_from_failure(request, attempt, decision, admitted_at, delivered, now)
+            # A refusal's own headers may explain it: read them before judging it. The wait that it
+            # names says more than a limit that may be one of anything.
+            if decision.wait_s is None:
+                self._look(model, attempt, flight.admitted_at, now, refused=True)
+            self._learn_from_failure(request, attempt, decision, flight, now)
 
     def withdrawn(self, request: Request, now: float) -> None:
         """Take back the place of a request cancelled in flight; its tokens count as spent."""
         self._count_full(now)
         del self._flights[id(request)]
-        self._models[request.model].quota.forget(request)
+        model = self._models[request.model]
+        model.quota.forget(request)
+        model.withdrawn(id(request))
         self._breaker.withdrawn(id(request), now)
 
     def longest_s(self, now: float) -> float | None:
         """How long the oldest request in flight has been there; None without any."""
-        return next((now - admitted_at for admitted_at, _ in self._flights.values()), None)
+        return next((now - flight.admitted_at for flight in self._flights.values()), None)
 
     def waiting(self, now: float) -> tuple[float, str] | None:
         """The longest wait that holds anything back: seconds, and for what. For the bar."""
@@ -262,9 +290,9 @@ class Limits:
         return model
 
     def _held_back(self, model: _Model, now: float) -> float:
-        if now < model.ready_at:
+        if now < model.ready_at and not model.asks_wait.may_go(now):
             self._held_by = "quota" if model.is_quota else "endpoint"
-            return model.ready_at - now
+            return model.asks_wait.wait(model.ready_at - now, now)
         if self._breaker.is_open and (wait := self._breaker.wait(now)) > 0.0:
             return wait
         window = self._window
@@ -273,89 +301,122 @@ class Limits:
         # An answer frees a place sooner than a refusal's place runs out.
         return min(wait, max(0.001, window.latency_s / window.size))
 
+    def _over_quota(self, model: _Model, wait_s: float, now: float) -> float:
+        """Seconds until asking again, where the quota has no room; 0.0 to see whether it is so."""
+        quota, question = model.quota, model.asks_rate
+        if quota.is_doubted and wait_s >= DOUBTED_WAIT_S:
+            if question.may_go(now):
+                return 0.0
+            wait_s = question.wait(wait_s, now)
+        elif quota.is_from_headers:
+            self._check_wait(wait_s, model.clock_ms + now * 1000)
+        self._held_by = "quota"
+        return wait_s
+
+    def _check_wait(self, wait_s: float, now_ms: float) -> None:
+        """Whoever is told to wait for longer than the user wants to hears of it now."""
+        settings = self._settings
+        if wait_s <= min(settings.max_wait_s, settings.max_outage_s) or self._verdict is not None:
+            return
+        self._verdict = StoppedEarly(
+            f"{self._host} asks for a wait of {duration(wait_s)}: "
+            f"the limit resets at {_local_time(now_ms + wait_s * 1000)}",
+            next_steps=(
+                "the same command continues after that",
+                "--max-wait S        waits longer",
+            ),
+        )
+
     def _alive(self, now: float) -> None:
         if self._breaker.alive():
             self._window.restart(f"{self._host} answers again", now)
 
     def _learn_from_failure(
-        self,
-        request: Request,
-        attempt: Attempt,
-        decision: Decision,
-        admitted_at: float,
-        delivered: int,
-        now: float,
+        self, request: Request, attempt: Attempt, decision: Decision, flight: _Flight, now: float
     ) -> None:
         model = self._models[request.model]
-        if attempt.status is not None:
-            self._breaker.answered = True
-        if decision.kind in ("transient", "timeout"):
-            self._breaker.failed(id(request), request.row, decision, now)
-        elif decision.kind == "rate_limit":
-            self._breaker.refused(id(request), now)
+        breaker = self._breaker
+        if attempt.status is not None and attempt.status not in NOBODY_THERE:
+            breaker.answered = True
+        refused = decision.kind == "rate_limit" or decision.pushback != "none"
+        served = self._served_beside(flight) if refused else 0
+        if decision.kind == "rate_limit" or served:
+            breaker.refused(id(request), now)
+        elif decision.kind in ("transient", "timeout"):
+            breaker.failed(id(request), request.row, attempt, decision, now)
         else:
             # A row's own error is an answer like any other: the endpoint did its work.
             self._alive(now)
             model.opened()
-            self._window.answered(admitted_at, delivered, now)
-        self._hear_pushback(model, request, attempt, decision, admitted_at, now)
+            self._window.answered(flight.admitted_at, flight.delivered, flight.ahead, now)
+        if refused:
+            self._hear_refusal(model, request, attempt, decision, flight, served, now)
+            return
+        model.quota.forget(request)
+        model.withdrawn(id(request))
+        flight_s = now - flight.admitted_at
+        if decision.kind == "timeout" and flight_s < TIMEOUT_LATENCIES * self._window.latency_s:
+            self._window.overloaded(flight.admitted_at, decision.code, now)
 
-    def _hear_pushback(
+    def _served_beside(self, refused: _Flight) -> int:
+        """How many had their place when this one found none."""
+        for flight in self._flights.values():
+            if flight.admitted_at >= refused.admitted_at and flight.ahead > refused.ahead:
+                flight.ahead -= 1
+        return refused.ahead
+
+    def _hear_refusal(
         self,
         model: _Model,
         request: Request,
         attempt: Attempt,
         decision: Decision,
-        admitted_at: float,
+        flight: _Flight,
+        served: int,
         now: float,
     ) -> None:
-        refused = decision.kind == "rate_limit" or decision.pushback != "none"
-        quota = model.quota
-        if refused:
-            quota.refund(request)
-            window = self._window
-            self._places.refused(admitted_at + window.latency_s, window.delivered, now)
-            if decision.wait_s is not None:
-                self._close_gate(model, attempt, decision.wait_s, now)
-            elif decision.pushback != "capacity" and quota.is_known and not quota.has_left:
-                quota.refused(admitted_at, now)
-        else:
-            quota.forget(request)
-        if self._is_overload(model, decision, refused, now - admitted_at):
-            self._window.overloaded(admitted_at, decision.code, now)
+        quota, window, wait_s = model.quota, self._window, decision.wait_s
+        quota.refund(request)
+        model.refused(id(request), now)
+        self._places.refused(flight.admitted_at + window.latency_s, window.delivered, now)
+        if wait_s is not None:
+            self._check_wait(wait_s, attempt.finished_at_ms)
+            if model.believes_wait(now):
+                self._close_gate(model, wait_s, flight.admitted_at, now)
+        elif decision.pushback != "capacity" and quota.is_known and not quota.has_left:
+            quota.refused(flight.admitted_at, now)
+        explained = quota.is_known and not quota.has_left if wait_s is None else not served
+        if decision.pushback == "capacity" or not explained:
+            window.overloaded(flight.admitted_at, decision.code, now, served)
 
-    def _is_overload(
-        self, model: _Model, decision: Decision, refused: bool, flight_s: float
-    ) -> bool:
-        if decision.pushback == "capacity":
-            return True
-        if refused:
-            return decision.wait_s is None and (not model.quota.is_known or model.quota.has_left)
-        return decision.kind == "timeout" and flight_s < TIMEOUT_LATENCIES * self._window.latency_s
-
-    def _close_gate(self, model: _Model, attempt: Attempt, wait_s: float, now: float) -> None:
+    def _close_gate(self, model: _Model, wait_s: float, refused_at: float, now: float) -> None:
         # Paced over more than the wait itself, refusals at random that name 50 ms set the pace.
-        reopening_s = max(min(MIN_REOPENING_S, wait_s), self._window.latency_s)
-        model.close(now + wait_s, reopening_s, self._window.size)
+        window = self._window
+        reopening_s = max(min(MIN_REOPENING_S, wait_s), window.latency_s)
+        model.close(now, wait_s, reopening_s, window.size, window.latency_s)
+        model.refused_at = refused_at
         model.is_quota = model.quota.is_known or wait_s >= QUOTA_WAIT_S
-        if wait_s > self._settings.max_wait_s and self._verdict is None:
-            resets_at_ms = attempt.finished_at_ms + wait_s * 1000
-            self._verdict = StoppedEarly(
-                f"{self._host} asks for a wait of {duration(wait_s)}: "
-                f"the limit resets at {_local_time(resets_at_ms)}",
-                next_steps=(
-                    "the same command continues after that",
-                    "--max-wait S        waits longer",
-                ),
-            )
 
-    def _look(self, model: _Model, attempt: Attempt, admitted_at: float, now: float) -> None:
+    def _look(
+        self,
+        model: _Model,
+        attempt: Attempt,
+        admitted_at: float,
+        now: float,
+        *,
+        refused: bool = False,
+    ) -> None:
         quota = model.quota
+        model.clock_ms = attempt.finished_at_ms - now * 1000
         # With one model, the usual case, all flights are its own; with several, this bounds them.
         in_flight = min(len(self._flights) + 1, quota.admitted)
-        requests_per_s = quota.learn(attempt.headers, in_flight, admitted_at, now)
+        was_known = quota.is_known
+        requests_per_s = quota.learn(attempt.headers, in_flight, admitted_at, now, refused=refused)
         if quota.is_known:
             model.opened()
+            if not was_known:
+                model.is_doubtful = True
+                model.asks_rate.arises(now, self._window.latency_s)
         if requests_per_s is not None:
             self._window.suggest(requests_per_s, now)
 
@@ -364,23 +425,37 @@ class _Model:
     """The gate of one model, and its quota: providers count every model apart."""
 
     __slots__ = (
+        "_credit",
         "_is_opening",
+        "_kept",
         "_pace_s",
+        "asks_rate",
+        "asks_wait",
+        "clock_ms",
         "closed_until",
+        "is_doubtful",
         "is_quota",
         "quota",
         "ready_at",
+        "refused_at",
         "reopening_until",
     )
 
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
+        self.asks_wait = _Question()
+        self.asks_rate = _Question()
+        self.is_doubtful = False  # whether an answer may contradict what was said before
         self.ready_at = 0.0  # before it, no admission: gate closed, or opening step by step
         self.closed_until = 0.0
+        self.refused_at = 0.0  # when the request left whose refusal closed the gate
         self.is_quota = False  # what closed it last
         self.reopening_until = 0.0
+        self.clock_ms = 0.0  # of the wall, at zero of ours
         self._is_opening = False
         self._pace_s = 0.0
+        self._kept = 0  # waits kept so far
+        self._credit = 0  # answers against refusals since a wait was found not to hold for all
 
     def open_slowly(self) -> None:
         """Let requests go one by one until an answer shows what the endpoint allows."""
@@ -394,10 +469,28 @@ class _Model:
             self._is_opening = False
             self.ready_at = self.reopening_until = 0.0
 
-    def close(self, until: float, reopening_s: float, window: int) -> None:
-        """Let nothing go before ``until``; unless a quota paces, reopen step by step."""
+    def believes_wait(self, now: float) -> bool:
+        """Whether a wait just named holds for all; it does, as long as nothing contradicts it."""
+        self.is_doubtful = True
+        if self._credit:
+            self._credit -= 1
+        return self._credit == 0
+
+    def close(
+        self, now: float, wait_s: float, reopening_s: float, window: int, latency_s: float
+    ) -> None:
+        """Let nothing go for so long; unless a quota paces, reopen step by step.
+
+        The first wait is kept to the letter. Where refusals go on after it was, one request goes
+        to see whether it holds for more than those refused.
+        """
+        until = now + wait_s
         if until <= self.closed_until:
             return
+        if now >= self.closed_until:
+            self._kept += 1
+            if self._kept > 1:
+                self.asks_wait.arises(now, latency_s)
         self._is_opening = False
         self.ready_at = self.closed_until = until
         # A known quota paces by itself.
@@ -406,11 +499,89 @@ class _Model:
             self.reopening_until = until + reopening_s
             self._pace_s = reopening_s / window
 
+    def answered(self, flight: int, admitted_at: float, window: int, now: float) -> None:
+        """An answer: does it contradict what was said?"""
+        self.asks_wait.answered(flight)
+        if self._credit:
+            self._credit = min(max(MIN_CREDIT, window), self._credit + 1)
+        if now < self.closed_until and admitted_at > self.refused_at:
+            self._credit = max(MIN_CREDIT, window)
+            self.ready_at = self.closed_until = self.reopening_until = 0.0
+            self.quota.reopen(now)
+        if self.asks_rate.answered(flight):
+            self.quota.contradicted()
+
+    def leaves(self, flight: int) -> None:
+        self.asks_wait.leaves(flight)
+        self.asks_rate.leaves(flight)
+
+    def refused(self, flight: int, now: float) -> None:
+        self.asks_wait.refused(flight, now)
+        self.asks_rate.refused(flight, now)
+
+    def withdrawn(self, flight: int) -> None:
+        self.asks_wait.withdrawn(flight)
+        self.asks_rate.withdrawn(flight)
+
     def pace_reopening(self, now: float) -> None:
         if now < self.reopening_until:
             self.ready_at = max(self.ready_at, now + self._pace_s)
         else:
             self.reopening_until = 0.0
+
+
+class _Question:
+    """A request that goes in spite of a wait, to see whether there is a reason for it.
+
+    Answered, the next may go at once, and twice as many; refused, each waits twice as long.
+    """
+
+    __slots__ = ("_answered", "_at", "_delay_s", "_is_due", "_out")
+
+    def __init__(self) -> None:
+        self._at = NEVER
+        self._delay_s = 0.0
+        self._out: set[int] = set()
+        self._answered = 0
+        self._is_due = False  # the request that is being admitted goes as one
+
+    def arises(self, now: float, latency_s: float) -> None:
+        self._delay_s = max(self._delay_s, latency_s)
+        self._at = now + self._delay_s
+
+    def may_go(self, now: float) -> bool:
+        self._is_due = now >= self._at and len(self._out) <= self._answered
+        return self._is_due
+
+    def wait(self, wait_s: float, now: float) -> float:
+        """Seconds until asking again is worth it."""
+        return min(wait_s, max(self._at - now, MIN_LOOK_S))
+
+    def leaves(self, flight: int) -> None:
+        """Whatever goes while a question is due is the question."""
+        if self._is_due:
+            self._is_due = False
+            self._out.add(flight)
+
+    def answered(self, flight: int) -> bool:
+        if flight not in self._out:
+            return False
+        self._out.discard(flight)
+        self._answered += 1
+        self._delay_s = 0.0
+        return True
+
+    def refused(self, flight: int, now: float) -> None:
+        if flight not in self._out:
+            return
+        self._out.discard(flight)
+        self._answered = 0
+        if now >= self._at:  # one burst counts once
+            self._delay_s = max(2 * self._delay_s, MIN_LOOK_S)
+            self._at = now + self._delay_s
+
+    def withdrawn(self, flight: int) -> None:
+        self._out.discard(flight)
 
 
 class _Places:
@@ -452,7 +623,7 @@ class _Breaker:
         self._probe: int | None = None
         self._probes_failed = 0
         self._failures = 0
-        self._last_row = -1
+        self._failed_rows: set[int] = set()  # lately
         self._refused_at = 0.0
         self._reason = ""
 
@@ -484,7 +655,9 @@ class _Breaker:
             self._probe = None
         self._failures = 0
 
-    def failed(self, flight: int, row: int, decision: Decision, now: float) -> None:
+    def failed(
+        self, flight: int, row: int, attempt: Attempt, decision: Decision, now: float
+    ) -> None:
         self._reason = decision.reason
         if self.since is None:
             self.since = now
@@ -492,10 +665,13 @@ class _Breaker:
             if flight == self._probe:
                 self._probe_failed(now)
             return
-        if row != self._last_row:
+        if row not in self._failed_rows or decision.unreachable:
             self._failures += 1
-            self._last_row = row
-        never_reached = decision.unreachable and not self.answered
+            if len(self._failed_rows) >= MOST_FAILED_ROWS:
+                self._failed_rows.clear()
+            self._failed_rows.add(row)
+        nobody_there = decision.unreachable or attempt.status in NOBODY_THERE
+        never_reached = nobody_there and not self.answered
         if self._failures >= BREAKER_FAILURES or never_reached:
             self.is_open = True
             self._interval_s = FIRST_PROBE_S

@@ -64,9 +64,14 @@ class Quota:
         "_refused_after",
         "_refused_at",
         "_requests",
+        "_surplus",
+        "_taught_by_refusal",
         "_tokens",
+        "_untrue",
         "admitted",
         "has_left",
+        "is_doubted",
+        "is_from_headers",
         "is_known",
         "look_at",
         "reserved",
@@ -78,6 +83,11 @@ class Quota:
         self.reserved: dict[int, float] = {}  # id(request) -> tokens
         self.is_known = rpm is not None or tpm is not None
         self.has_left = False  # by the headers read last, so much that it explains no refusal
+        self.is_from_headers = False
+        self.is_doubted = False  # the rate of requests may be none a minute
+        self._taught_by_refusal = False
+        self._surplus = 0  # answers where the rate had no room for a request
+        self._untrue = 0.0  # a rate that was found not to be one
         self._flag_requests = rpm is not None
         self._flag_tokens = tpm is not None
         self._requests = _Bucket(rpm / MINUTE_S, now) if rpm is not None else None
@@ -143,10 +153,18 @@ class Quota:
             bucket.empty(now)
 
     def learn(
-        self, headers: Mapping[str, str], in_flight: int, admitted_at: float, now: float
+        self,
+        headers: Mapping[str, str],
+        in_flight: int,
+        admitted_at: float,
+        now: float,
+        *,
+        refused: bool = False,
     ) -> float | None:
         """Take over what an answer's headers say; the requests a second that are news in them."""
         named = quota_named(headers)
+        if named.requests_per_s == self._untrue:
+            named = named._replace(requests_per_s=None, requests_left=None)
         tokens_per_s = self._tokens_per_s(named)
         self._looks += 1
         if named.requests_per_s is not None or tokens_per_s is not None:
@@ -156,6 +174,10 @@ class Quota:
         news = None
         if named.requests_per_s is not None and not self._flag_requests:
             news = named.requests_per_s if self._requests is None else None
+            self.is_doubted = self._requests is None or self.is_doubted
+            self._taught_by_refusal = refused and (
+                self._requests is None or self._taught_by_refusal
+            )
             self._requests = self._rated(self._requests, named.requests_per_s, 1.0, in_flight, now)
         if tokens_per_s is not None and not self._flag_tokens:
             cost = self._estimate.prompt + self._estimate.completion
@@ -167,6 +189,28 @@ class Quota:
         if self._tokens is not None and named.tokens_left == 0:
             self._tokens.empty(admitted_at)
         return news
+
+    def reopen(self, now: float) -> None:
+        """The wait for which the buckets were emptied does not hold."""
+        for bucket in self._buckets():
+            bucket.reopen(now)
+
+    def contradicted(self) -> None:
+        """An answer where the rate of the headers had no room for a request.
+
+        A full bucket has room for a minute's requests, if answers speak of it; what only refusals
+        spoke of was said to explain them, and does not.
+        """
+        bucket = self._requests
+        if bucket is None or not self.is_doubted:
+            return
+        self._surplus += 1
+        if self._taught_by_refusal or self._surplus >= bucket.rate * MINUTE_S:
+            self._untrue = bucket.rate
+            self._requests = None
+            self.is_doubted = False
+            self.has_left = False
+            self.is_known = self._tokens is not None
 
     def _buckets(self) -> list[_Bucket]:
         return [bucket for bucket in (self._requests, self._tokens) if bucket is not None]
@@ -193,26 +237,26 @@ class Quota:
         bucket = _Bucket(rate, now)
         spent_since_met = self._met_at + self.admitted * cost * bucket.unit_s
         bucket.tat = max(now, min(spent_since_met, now + in_flight * cost * bucket.unit_s))
-        self.is_known = True
+        self.is_known = self.is_from_headers = True
         return bucket
 
 
 class _Bucket:
     """One GCRA: ``rate`` units a second with a burst of ``depth`` units."""
 
-    __slots__ = ("_apart", "_burst_s", "_depth", "_rate", "_share", "tat", "unit_s")
+    __slots__ = ("_apart", "_burst_s", "_depth", "_share", "rate", "tat", "unit_s")
 
     def __init__(self, rate: float, now: float) -> None:
         self._burst_s = BURST_S
         self._share = 1.0  # of the rate that is ours, as far as refusals tell
         self._apart = RARE  # requests from one refusal to the next
         self.tat = now
-        self._rate = rate
+        self.rate = rate
         self._set()
 
     def _set(self) -> None:
-        self.unit_s = 1.0 / (self._rate * PACE * self._share)
-        self._depth = 1.0 + self._rate * self._burst_s
+        self.unit_s = 1.0 / (self.rate * PACE * self._share)
+        self._depth = 1.0 + self.rate * self._burst_s
 
     def wait(self, cost: float, now: float) -> float:
         """Seconds until ``cost`` fits, or until the bucket is full if it never fits; or <= 0."""
@@ -230,6 +274,9 @@ class _Bucket:
     def empty(self, until: float) -> None:
         """Have no burst at ``until``: the rate alone from then on."""
         self.tat = max(self.tat, until + self._depth * self.unit_s)
+
+    def reopen(self, now: float) -> None:
+        self.tat = min(self.tat, now + self._depth * self.unit_s)
 
     def refused(self, apart: int) -> None:
         """Their bucket is shallower than we believed; if ours has no burst left, it is shared."""
@@ -249,10 +296,10 @@ class _Bucket:
         self._set()
 
     def change_rate(self, rate: float, now: float) -> None:
-        if rate == self._rate:
+        if rate == self.rate:
             return
         debt = max(0.0, self.tat - now) / self.unit_s
-        self._rate = rate
+        self.rate = rate
         self._set()
         self.tat = now + debt * self.unit_s
 

@@ -43,10 +43,17 @@ SURGE = 1.1
 # Halving empties the slots of a server whose queue is short; at 0.9 a capacity that halved takes
 # seven bursts of refusals to find.
 CUT = 0.7
+# Where fewer than this share had a place, they are counted, not guessed. Nearer to the window, some
+# are gone before the refusal is heard, and the count is too low.
+FAR = 0.5
+# A number of places refuses at that number and no other; clocks and wires blur it a little.
+ALIKE = 0.75
 # So few refusals among the answers of a round are no overload: gateways drop a request now and
 # then, and a window cut for each of those never grows.
 FEW_REFUSALS = 2
 FEW_SHARE = 0.02
+# Refusals that came before a probe as well are not about the probe.
+USUAL = 1.5
 # For how long refusals that are not about the window are not heard; doubled each time, as every
 # test costs a cut.
 MIN_TOLERANCE_S = 30.0
@@ -99,15 +106,22 @@ class Window:
         self._tolerance_s = MIN_TOLERANCE_S
         self._tolerant_until = -NEVER
         self._resized_at = -NEVER
+        self._refusals = self._goes_on = 0  # of this round; the latter after the first generation
+        self._most_served = self._least_served = 0  # beside the refused ones
+        self._usual_share = 0.0  # of refusals while the window was held
+        self._carried = 0  # the most that were in flight together and answered
+        self._delivered_before = 0
         self._begin_round(0.0, self._growth_round())
 
     def begin(self, now: float) -> None:
         """The first request is about to leave."""
         self._begin_round(now, self._growth_round())
 
-    def answered(self, admitted_at: float, delivered: int, now: float) -> None:
+    def answered(self, admitted_at: float, delivered: int, ahead: int, now: float) -> None:
         """Count an answer, and judge the round when it is complete."""
         self.delivered += 1
+        if ahead >= self._carried:
+            self._carried = ahead + 1
         if self._unsettled:
             self._unsettled -= 1
         elif admitted_at >= self._round_at:
@@ -117,14 +131,20 @@ class Window:
             if self._samples >= self._needed:
                 self._judge(now)
 
-    def overloaded(self, admitted_at: float, code: str, now: float) -> None:
-        """Hear that the endpoint has too much on its hands: one cut per burst."""
+    def overloaded(self, admitted_at: float, code: str, now: float, served: int = 0) -> None:
+        """Hear that the endpoint has too much on its hands: one cut per burst.
+
+        ``served`` is how many had their place when this one found none: so many there are.
+        """
         if self._is_fixed or admitted_at <= self._resized_at:
             return
+        self._most_served = max(self._most_served, served)
+        self._least_served = min(self._least_served, served)
         self._refusals += 1
         self._goes_on += not self._unsettled
         answers = self.delivered - self._delivered_before
-        if self._refusals <= FEW_REFUSALS + FEW_SHARE * answers:
+        usual = USUAL * self._usual_share * (answers + self._refusals + self.size)
+        if self._refusals <= FEW_REFUSALS + max(FEW_SHARE * answers, usual):
             return
         # A cut is judged before the next one, unless it plainly was not enough.
         waits = self._phase == "cut" or now < self._tolerant_until
@@ -137,8 +157,16 @@ class Window:
             return
         self._before = self._level() if self._samples >= MIN_ROUND else self._judged
         self._phase = "cut"
-        self._resize(max(1, int(self.size * CUT)), why, now)
+        places = self._places()
+        # Far too many is seen at once, and told how many would do.
+        fits = 0 < places < self.size * FAR
+        self._resize(max(1, places if fits else int(self.size * CUT)), why, now)
         self._begin_round(now, max(MIN_ROUND, self.size))
+
+    def _places(self) -> int:
+        """How many were served whenever one was refused; 0 where that differs, or more were."""
+        least, most = self._least_served, self._most_served
+        return most if most >= self._carried and least >= max(1, ALIKE * most - 0.5) else 0
 
     def suggest(self, requests_per_s: float, now: float) -> None:
         """Begin where a quota just learned says that work will be."""
@@ -169,7 +197,9 @@ class Window:
         self._arrivals = 0
         self._flight_s = 0.0
         self._refusals = 0
-        self._goes_on = 0  # of them, after the first generation
+        self._most_served, self._least_served = 0, self._cap
+        self._carried = 0
+        self._goes_on = 0
         self._delivered_before = self.delivered
         self._full_before_s = self.full_s
 
@@ -209,6 +239,8 @@ class Window:
     def _judge_hold(self, level: _Level, now: float) -> None:
         before, self._before = self._before, level
         assert before is not None
+        answers = self.delivered - self._delivered_before
+        self._usual_share = self._refusals / max(1, answers + self._refusals)
         # A rate that rises by itself is capacity coming back.
         surges = 0.0 < before.rate * SURGE < level.rate
         if (surges or now >= self._probe_at) and self.size < self._cap:

@@ -73,6 +73,7 @@ class Server:
         rate: float | None = None,
         depth: float = 1.0,
         headers: Callable[[Server], dict[str, str]] | None = None,
+        refusal_headers: Callable[[Server], dict[str, str]] | None = None,
         refusal: Decision = REFUSED,
         refuses_at_random: float = 0.0,
         usage: Callable[[Request], tuple[int, int]] | None = None,
@@ -86,6 +87,7 @@ class Server:
         self.refilled_at = 0.0
         self.others_per_s = others_per_s  # spent of the same bucket by somebody else
         self.headers = headers
+        self.refusal_headers = refusal_headers or headers
         self.refusal = refusal
         self.refuses_at_random = refuses_at_random
         self.usage = usage
@@ -208,7 +210,8 @@ class Run:
         if not server.is_up:
             self._reply(row, NO_ANSWER, REFUSED_CONNECTION)
         elif server.refuses(self.now):
-            self._reply(row, None, server.refusal)
+            headers = server.refusal_headers(server) if server.refusal_headers else {}
+            self._reply(row, attempt(now=self.now, status=429, headers=headers), server.refusal)
         elif server.busy < server.slots:
             self._serve(row)
         else:
@@ -242,7 +245,7 @@ class Run:
         if decision.kind in ("ok", "rejected"):
             self.answered.append(self.now)
         else:
-            if decision.kind == "rate_limit":
+            if decision.pushback != "none":
                 self.refused.append(self.now)
             tries = self._tries[row.row] = self._tries.get(row.row, 0) + 1
             named = decision.wait_s
@@ -941,6 +944,79 @@ def test_a_cancelled_request_gives_its_place_back() -> None:
     assert limits.admit(row, 0.0) == 0.0
     limits.withdrawn(row, 1.0)
     assert limits.in_flight == 0
+
+
+# --- Gateways: refusals that speak of a rate and mean a number of places --------------------------
+
+
+def refusal(status: int, wait_s: float | None) -> Decision:
+    if status == 429:
+        return Decision(
+            kind="rate_limit", code="429", wait_s=wait_s, scope="model", pushback="rate"
+        )
+    return Decision(kind="transient", code=str(status), wait_s=wait_s, pushback="capacity")
+
+
+def limit_of(limit: int) -> Callable[[Server], dict[str, str]]:
+    return lambda server: {
+        "x-ratelimit-limit-requests": str(limit),
+        "x-ratelimit-remaining-requests": str(max(0, server.slots - server.busy)),
+    }
+
+
+@pytest.mark.parametrize("places", [2, 4, 32])
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("wait_s", [None, 1.0])
+@pytest.mark.parametrize("named", ["no limit", "refusals", "answers", "sixty"])
+def test_a_number_of_places_is_found_whatever_refusals_say(
+    places: int, status: int, wait_s: float | None, named: str
+) -> None:
+    headers = None if named == "no limit" else limit_of(60 if named == "sixty" else places)
+    server = Server(
+        places,
+        service_s=even(0.25),
+        queue=0,
+        refusal=refusal(status, wait_s),
+        headers=headers if named == "answers" else None,
+        refusal_headers=headers,
+    )
+    run = Run(server).until(40)
+    assert run.rate(10, 40) >= places / 0.25 / 1.5
+
+
+@pytest.mark.parametrize("concurrency", [None, 16])
+def test_a_wait_named_to_one_in_ten_holds_nobody_else_back(concurrency: int | None) -> None:
+    server = Server(service_s=0.05, refuses_at_random=0.1, refusal=named_wait(1.0))
+    settings = LimitSettings(concurrency=concurrency, max_concurrency=64)
+    run = Run(server, settings, late_s=0.001).until(20)
+    assert run.rate(5, 20) >= 0.8 * 16 / (0.05 + RTT_S)
+
+
+def test_a_wait_that_headers_amount_to_obeys_max_wait() -> None:
+    limits = Limits(LimitSettings(max_wait_s=100), host=HOST)
+    row = request()
+    limits.admit(row, 0.0)
+    limits.done(row, attempt(headers={"x-ratelimit-limit-tokens-minute": "10"}), OK, 0.1)
+    limits.admit(request(1), 0.2)
+    verdict = limits.stop(0.2)
+    assert verdict is not None
+    assert verdict.exit_code == EXIT_STOPPED
+    assert "the limit resets at" in verdict.message
+
+
+def test_a_proxy_without_its_endpoint_is_an_endpoint_never_reached() -> None:
+    limits = Limits(LimitSettings(), host=HOST)
+    gone = Decision(kind="transient", code="502", reason="502 Bad Gateway")
+    now = 0.0
+    for number in range(5):
+        row = request(number)
+        while (wait_s := limits.admit(row, now)) > 0.0:
+            now += wait_s
+        limits.done(row, attempt(status=502), gone, now)
+    verdict = limits.stop(now)
+    assert verdict is not None
+    assert verdict.message == f"cannot reach {HOST}: 502 Bad Gateway"
+    assert now == pytest.approx(15.0, abs=1.0)
 
 
 # --- Breaker and stop ----------------------------------------------------------------------------
