@@ -537,6 +537,7 @@ def test_a_page_gives_its_first_words(page: bytes, message: str | None) -> None:
     ("body", "spliced"),
     [
         pytest.param(b'{"a": 1.50}', b'{"a": 1.50}', id="its bytes are kept"),
+        pytest.param(b'{"a":\r[1]}', b'{"a":[1]}', id="lone carriage returns"),
         pytest.param(b'\n\n {"a":\r\n [1,\n "x\\ny"]}\n', b'{"a":[1,"x\\ny"]}', id="one line"),
         pytest.param('{"a":"\u2028é"}'.encode(), '{"a":"\u2028é"}'.encode(), id="UTF-8"),
         pytest.param(b'{"a":"\xff"}', '{"a":"\ufffd"}'.encode(), id="not UTF-8"),

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from batchrun import endpoint as room
@@ -230,6 +231,28 @@ REPLY = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %
     len(ANSWER),
     ANSWER,
 )
+
+
+@pytest.mark.parametrize(
+    ("version", "is_lean"),
+    [(aiohttp.__version__, True), ("99.0.0", False)],
+    ids=["tried with", "unknown"],
+)
+def test_requests_are_built_here_for_an_aiohttp_that_was_tried_and_by_aiohttp_for_others(
+    version: str, is_lean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = []
+
+    class Seen(_Departures):
+        def add(self, transport: asyncio.Transport, request: bytes, trip: Trip) -> None:
+            left.append(request)
+            super().add(transport, request, trip)
+
+    monkeypatch.setattr(aiohttp, "__version__", version)
+    monkeypatch.setattr(room, "_Departures", Seen)
+    attempt, _ = ask()
+    assert attempt.status == 200
+    assert bool(left) is is_lean
 
 
 def test_one_connection_serves_many_requests() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
@@ -11,7 +12,13 @@ from typing import Any, TypeVar
 
 import pytest
 
-from batchrun.errors import BatchrunError, EndpointRefused, LocalIOError, StoppedEarly
+from batchrun.errors import (
+    BatchrunError,
+    EndpointRefused,
+    Interrupted,
+    LocalIOError,
+    StoppedEarly,
+)
 from batchrun.pool import Feed, Pool
 from batchrun.types import Attempt, Decision, Request, Tries, Verdict
 
@@ -530,6 +537,19 @@ def test_of_several_causes_the_gravest_is_kept() -> None:
         assert await fake.pool.run() is full
 
     run(story())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_refusal_outranks_a_signal_and_a_signal_an_early_stop(signum: signal.Signals) -> None:
+    async def kept(*causes: BatchrunError) -> BatchrunError | None:
+        fake = Fake(map(request, range(100)), latency_s=10.0)
+        for when, cause in enumerate(causes, start=1):
+            fake.at(float(when), lambda cause=cause: fake.pool.stop(cause))  # type: ignore[misc]
+        return await fake.pool.run()
+
+    stopped, signalled, refused = StoppedEarly("a"), Interrupted(signum), EndpointRefused("b")
+    assert run(kept(signalled, refused)) is run(kept(refused, signalled)) is refused
+    assert run(kept(stopped, signalled)) is run(kept(signalled, stopped)) is signalled
 
 
 def test_a_journal_that_cannot_be_written_ends_the_run_at_once() -> None:
