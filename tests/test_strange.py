@@ -135,6 +135,7 @@ def run_all(places: Sequence[Place], directory: Path) -> list[tuple[Any, str]]:
     return [(code, said) for code, said in told]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_a_strange_value_is_used_or_refused_in_words(value: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt":"a"}\n{"prompt":"b"}\n')
@@ -220,6 +221,7 @@ def damaged(whole: bytes, rng: random.Random) -> bytes:
     return bytes(copy)
 
 
+@pytest.mark.slow
 def test_damaged_parquet_ends_in_words(tmp_path: Path) -> None:
     rows = [{"prompt": f"say {n}", "n": n, "more": {"a": [n]}} for n in range(200)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "whole.parquet", row_group_size=100)
