@@ -78,6 +78,12 @@ def binary(start: bytes) -> Found | None:
     return next((found for magic, found in _MAGIC.items() if start.startswith(magic)), None)
 
 
+def is_no_text(start: bytes) -> bool:
+    """Whether no line of the file can be text; what a line of text may begin with is no proof."""
+    found = next((magic for magic in _MAGIC if start.startswith(magic)), b"")
+    return found == b"PAR1" or not found.isascii()
+
+
 def is_one_document(start: bytes) -> bool:
     """Whether a text is JSON over many lines, of which some may happen to be objects."""
     first = _first_line(_text(start))

@@ -561,7 +561,7 @@ def _lines(file: InputFile) -> Iterator[tuple[list[bytes], int]]:
     """All lines, as many at a time as make a batch, and their bytes; over-long ones cut."""
     with _mapped_errors(file), _opened(file) as stream:
         start = stream.read(_PIECE_BYTES)
-        if foreign.binary(start):
+        if foreign.is_no_text(start):
             raise _refusal(file, "JSON lines", start[: foreign.HEAD_BYTES])
         more = iter(partial(stream.read, _PIECE_BYTES), b"")
         waiting: list[bytes] = []

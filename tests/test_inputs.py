@@ -398,8 +398,17 @@ def test_another_format_under_the_name_of_jsonl_is_one_line(
     tmp_path: Path, content: bytes, word: str
 ) -> None:
     with pytest.raises(UsageError) as error:
-        verdicts(jsonl(tmp_path / "a.jsonl", content))
+        head(opened(jsonl(tmp_path / "a.jsonl", content)))
     one_line(error, "a.jsonl", "not JSON lines", word)
+
+
+@pytest.mark.parametrize("line", [b"ORCA", b"BZh", b"{\0", b"PK\x03\x04"])
+def test_a_first_line_that_begins_like_another_format_is_a_bad_line(
+    tmp_path: Path, line: bytes
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", line + b'\n{"prompt":"x"}\n')
+    assert head(opened(path)) == (["prompt"], [{"prompt": "x"}])
+    assert verdicts(path)[1] == (2, {"prompt": "x"})
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
