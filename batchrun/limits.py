@@ -12,6 +12,15 @@ nobody knows whether there is a quota, so requests leave one by one, 64 a second
 twenty is not overrun, and a first window on a slow endpoint is complete after half a second.
 Whoever names a ``--concurrency`` or an ``--rpm`` has answered the question.
 
+The first wait is kept to the letter. Where refusals go on after it was, the endpoint may have meant
+the refused request only (a number of places, a gateway that refuses at random): one request goes to
+see, a *question*, each refused one doubles the time to the next. An answer to what left after the
+refused one says that the wait does not hold for all; then it binds the refused rows alone, until
+refusals outweigh answers by a whole window. A limit in headers is asked likewise where it would
+have a request wait for seconds: what only refusals spoke of falls with the first answer that it had
+no room for, what answers speak of with a whole minute's. A refusal that names its wait teaches no
+rate at all.
+
 **Quota: is there room in the rate?** (``quota``) Two GCRA buckets per model, requests and tokens,
 asked together and charged together. GCRA keeps one number, the theoretical arrival time ``tat``:
 the moment from which the rate alone would allow everything admitted so far. A request may go when
@@ -44,6 +53,9 @@ Rounds lead from phase to phase:
     cut          by CUT after a burst of refusals. When that went below capacity, probe upwards;
                  if they go on even there, where nobody has a reason to refuse, they are not about
                  the window (some gateways refuse at random): undo it, and hear none for a while
+
+Refusals tell more than that there were some: how many were being served beside the refused one. If
+that is the same number each time, and far below the window, it is the number of places.
 
 A round in which the window was not really in use (the input or the quota set the pace) says
 nothing and changes nothing. Only overload shrinks the window: refusals that no rate explains, a
