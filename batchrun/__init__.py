@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchrun.api import complete, make_config, submit
+    from batchrun.api import submit
     from batchrun.config import VERSION as __version__
     from batchrun.config import Allowance, RunConfig
     from batchrun.errors import (
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
         StoppedEarly,
         UsageError,
     )
-    from batchrun.runner import run
-    from batchrun.types import Result, RunSummary, Usage
+    from batchrun.runs import complete, make_config, run
+    from batchrun.summary import RunSummary
+    from batchrun.types import Result, Usage
 
 __all__ = [
     "Allowance",
@@ -58,14 +59,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "complete": "api",
-    "make_config": "api",
+    "complete": "runs",
+    "make_config": "runs",
     "submit": "api",
-    "run": "runner",
+    "run": "runs",
     "RunConfig": "config",
     "Allowance": "config",
     "Result": "types",
-    "RunSummary": "types",
+    "RunSummary": "summary",
     "Usage": "types",
 }
 

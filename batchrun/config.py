@@ -22,18 +22,38 @@ from batchrun.types import Shape
 JSONValue: TypeAlias = (
     bool | int | float | str | Sequence["JSONValue"] | Mapping[str, "JSONValue"] | None
 )
+
+
 InputFormat = Literal["jsonl", "parquet"]
+
+
 OutputFormat = Literal["parquet", "jsonl"]
+
+
 IfLocked = Literal["fail", "wait", "skip"]
+
 
 VERSION = "0.1.0"
 
+
 STDIN = "-"
+
+
 STDOUT = "-"
+
+
 API_PATH = "/chat/completions"
+
+
 STATE_SUFFIX = ".batchrun"
+
+
 CURRENT = "/./"  # in a path: what stands before it is only where the rest lies
+
+
 MAX_CONCURRENCY = 512
+
+
 # More of anything than a machine can count or wait for; clocks and 64-bit integers end there too.
 TOO_MUCH = 1e12
 

@@ -20,12 +20,26 @@ from __future__ import annotations
 import signal
 
 EXIT_OK = 0
+
+
 EXIT_BUG = 1
+
+
 EXIT_USAGE = 2
+
+
 EXIT_ROWS_FAILED = 3
+
+
 EXIT_REFUSED = 4
+
+
 EXIT_LOCKED = 11
+
+
 EXIT_IO = 74
+
+
 EXIT_STOPPED = 75
 
 

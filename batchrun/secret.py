@@ -14,14 +14,21 @@ from typing import Final
 from urllib.parse import unquote
 
 HIDDEN: Final = "[key]"
+
+
 # Shorter texts ("1", "true", "enabled") are values of headers that hide nothing.
 MIN_CHARS: Final = 8
+
+
 # A key may be as short as "none": then it is a key only where it stands alone.
 MIN_KEY_CHARS: Final = 4
+
 
 _SECRET_IN_URL: Final = re.compile(
     r"([?&][^=&\s]*(?:key|token|sig|secret)[^=&\s]*=)([^&\s]+)", re.IGNORECASE
 )
+
+
 _SCHEME: Final = re.compile(r"[A-Za-z][\w.-]*[ \t]+(\S.*)", re.DOTALL)
 
 

@@ -1,7 +1,7 @@
 """Characters that a terminal would obey instead of showing.
 
 File and column names, model names and whatever an endpoint says may hold them: to clear the screen,
-to rewrite a line above, to show text backwards. They are shown as ``\\x1b``, never acted upon.
+to rewrite a line above, to show text backwards. They are shown as ``\x1b``, never acted upon.
 """
 
 from __future__ import annotations

@@ -10,16 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from msgspec import Struct, field
+from msgspec import Struct
 
 OutcomeKind = Literal["ok", "rejected", "rate_limit", "transient", "timeout", "invalid_response"]
+
+
 DecisionKind = Literal[
     "ok", "rejected", "rate_limit", "transient", "timeout", "invalid_response", "fatal"
 ]
+
+
 Shape = Literal["batch", "messages", "prompt", "body"]
+
+
 Scope = Literal["row", "model", "run"]
+
+
 Bound = Literal["endpoint", "quota", "input", "loop"]
+
+
 Pushback = Literal["none", "rate", "capacity"]
+
+
 Failure = Literal[
     "connect",  # refused, unreachable, or not connected within the connect timeout
     "dns",  # the resolver failed for now
@@ -228,60 +240,6 @@ class Result(Struct, frozen=True):
     response_body: str | None
 
 
-# The JSON summary of terminal.md. Fields may be added, never renamed.
-
-
-class RowCounts(Struct):
-    total: int | None = None  # null when the input was not read to its end
-    ok: int = 0
-    error: int = 0
-    pending: int = 0
-    reused: int = 0
-    truncated: int = 0
-    filtered: int = 0
-    empty: int = 0
-    duplicate: int = 0
-
-
-class ErrorExample(Struct):
-    custom_id: str
-    source: str  # "prompts.jsonl:214"
-    message: str
-
-
-class ErrorCount(Struct):
-    kind: str
-    code: str
-    rows: int
-    retried_on_rerun: bool
-    example: ErrorExample | None = None
-
-
-class TokenCounts(Struct):
-    prompt: int | None = None
-    completion: int | None = None
-    total: int | None = None
-    cached: int | None = None
-    reasoning: int | None = None
-    rows_without_usage: int = 0
-
-
-class OutputTotals(Struct):
-    tokens: TokenCounts
-
-
-class ThisRun(Struct):
-    rows_sent: int = 0
-    attempts: int = 0
-    retries: int = 0
-    rate_limited: int = 0
-    in_doubt: int = 0
-    cut_off: int = 0  # of these: in flight when the run was stopped
-    sending_s: float = 0.0  # from the first request to the last answer
-    tokens: TokenCounts = field(default_factory=TokenCounts)
-    bound_by: Bound | None = None
-
-
 class UnusedCounts(Struct):
     """Answers whose rows are gone from the input, and the file that keeps them."""
 
@@ -290,35 +248,3 @@ class UnusedCounts(Struct):
     moved: int = 0  # left the output in this run
     taken_back: int = 0  # their rows are in the input again
     dropped: int = 0  # kept for as long as was asked
-
-
-State = Literal["finished", "stopped", "refused", "error"]
-
-
-class RunSummary(Struct, kw_only=True):
-    """What a run amounted to; ``batchrun submit --json`` prints it."""
-
-    schema: int = 1
-    batchrun_version: str = ""
-    state: State = "error"
-    exit_code: int = 0
-    reason: str | None = None
-    inputs: list[str] = []
-    output: str | None = None
-    published: bool = False
-    backup: str | None = None
-    unused: UnusedCounts = field(default_factory=UnusedCounts)
-    state_dir: str | None = None
-    synthetic: bool = False
-    endpoint: str | None = None
-    request_models: list[str] = []
-    rows: RowCounts = field(default_factory=RowCounts)
-    errors: list[ErrorCount] = []
-    output_totals: OutputTotals | None = None
-    this_run: ThisRun | None = None
-    started_at: str | None = None
-    finished_at: str | None = None
-    wall_s: float = 0.0
-    notes: list[str] = []
-    next_steps: list[str] = []
-    prompt_column: str | None = None  # under the name it has in the output

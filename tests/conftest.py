@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import pytest
 
-from batchrun.cli import run_command
-from batchrun.mock_server import Knobs, MockServerThread, Respond
+from batchrun.cli.main import run_command
+from batchrun.mock.replies import Knobs, Respond
+from batchrun.mock.server import MockServerThread
 
 
 class StartMock(Protocol):
@@ -43,6 +44,8 @@ def mock() -> Iterator[StartMock]:
 
 
 ROOT = Path(__file__).parent.parent
+# What a test's code in a process of its own may import: the project, and tests beside others.
+IMPORTABLE = (ROOT, *(ROOT / "tests" / name for name in ("journal", "stories")))
 WAIT_S = 30.0  # for events of another process; reached only when something is broken
 
 
@@ -67,7 +70,7 @@ def spawn() -> Spawn:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, IMPORTABLE))},
         ) as process:
             try:
                 yield process

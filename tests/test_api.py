@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchrun
-from batchrun.mock_server import Knobs, MockServerThread
+from batchrun.mock.replies import Knobs
+from batchrun.mock.server import MockServerThread
 
 PROMPTS = [{"prompt": f"question {number}", "id": number} for number in range(5)]
 

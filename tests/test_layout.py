@@ -1,7 +1,7 @@
 """The house keeps its shape: who imports whom, which library lives where, what the top level holds.
 
-The two tables below are those of the design. A room that is added, removed or moved changes them
-here first, so that the change is a decision and not an accident.
+The tables below are the design: a package that is added, or imports another one, changes them here
+first, so that the change is a decision and not an accident.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,69 +22,40 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "batchrun"
 
-# Bottom up. A room imports from lower layers only: those of one layer ignore each other.
-LAYERS = (
-    {
-        "errors",
-        "types",
-        "config",
-        "providers",
-        "secret",
-        "shell",
-        "terminal",
-        "words",
-    },  # vocabulary
-    {"quota", "window"},  # the two halves of limits
-    {
-        "prompts",
-        "foreign",
-        "table_notes",
-        "answers",
-        "retry",
-        "limits",
-        "sse",
-        "accounting",
-        "pool",
-        "slots",
-        "mock_replies",
-        "options",
-        "proxies",
-    },  # pure logic
-    {"records", "files", "deadlines"},  # what the files of a state and the endpoint are made of
-    {"state", "connections"},  # where those lie, and what the endpoint sends on
-    {
-        "inputs",
-        "outputs",
-        "segments",
-        "lock",
-        "endpoint",
-        "mock_server",
-        "progress",
-        "report",
-        "saved",
-        "process",
-        "topics",
+# The modules at the top of the package: what travels between packages. They build on each other.
+VOCABULARY = {
+    *("types", "summary", "errors", "config", "providers"),
+    *("secret", "shell", "terminal", "words", "process", "files"),
+}
+# Which packages a package may import, besides the vocabulary: only through their doors.
+MAY_IMPORT: dict[str, set[str]] = {
+    "limits": set(),
+    "chat": set(),
+    "mock": set(),
+    "console": set(),
+    "journal": set(),
+    "endpoint": {"chat"},
+    "inputs": {"chat", "journal"},
+    "outputs": {"chat"},
+    "sending": {"chat", "endpoint", "limits", "journal", "outputs", "console"},
+    "runs": {
+        *("inputs", "chat", "endpoint", "sending", "journal", "outputs", "console", "mock"),
     },
-    {"journal"},  # its segments, written and read as one
-    # the passes of a run, each over several edges
-    {"plan", "delivery", "unused"},
-    {"runner"},  # the composition
-    {"views", "api", "flags"},  # views of runs, the calls of Python programs, what can be typed
-    {"cli", "__init__"},
-    {"__main__"},
-)
-# Vocabulary may build on vocabulary; a cycle there fails at import.
-INTERNAL_IMPORTS_ALLOWED = LAYERS[0]
-LAYER_OF = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+    "api": {"runs", "console"},
+    "cli": {"runs", "console", "mock"},
+    "__init__": {"api", "runs"},
+    "__main__": {"cli"},
+}
+PACKAGES = VOCABULARY | set(MAY_IMPORT)
 
-EVERYWHERE = set(LAYER_OF)
+EVERYWHERE = PACKAGES
 LIBRARY_ROOMS = {
-    "aiohttp": {"connections", "endpoint", "mock_server"},
-    "click": {"cli", "flags"},
+    "aiohttp": {"endpoint", "mock"},
+    "click": {"cli"},
     "msgspec": EVERYWHERE,
-    "pyarrow": {"inputs", "outputs", "table_notes"},
-    "tenacity": {"retry"},
-    "tqdm": {"progress"},
+    "pyarrow": {"inputs", "outputs"},
+    "tenacity": {"sending"},
+    "tqdm": {"console"},
 }
 # Not dependencies of ours: they come with aiohttp, whose interface speaks in them.
 COMPANIONS = {"yarl": "aiohttp", "multidict": "aiohttp"}
@@ -108,13 +79,23 @@ class Import(NamedTuple):
     def library(self) -> str:
         return self.module.partition(".")[0]
 
-    def rooms(self) -> set[str]:
-        """The rooms this reaches, also as ``from batchrun import journal``."""
+    def reached(self) -> Iterator[tuple[str, bool]]:
+        """The packages this reaches, also as ``from batchrun import files``; behind the door?"""
         if self.library != "batchrun":
-            return set()
+            return
         if self.module == "batchrun":
-            return {name if name in LAYER_OF else "__init__" for name in self.names or ("",)}
-        return {self.module.split(".")[1]}
+            for name in self.names or ("",):
+                yield (name if name in PACKAGES else "__init__"), False
+        else:
+            _, package, *rooms = self.module.split(".")
+            # A room may also be taken as a whole: ``from batchrun.journal import records``.
+            names = [name for name in self.names if (PACKAGE / package / f"{name}.py").exists()]
+            yield package, bool(rooms or (names and not _is_door_of(package, names)))
+
+
+def _is_door_of(package: str, names: Iterable[str]) -> bool:
+    door = (PACKAGE / package / "__init__.py").read_text()
+    return all(f'"{name}"' in door for name in names)
 
 
 def imports(path: Path) -> Iterator[Import]:
@@ -138,50 +119,99 @@ def imports(path: Path) -> Iterator[Import]:
 
 
 @cache
-def imports_of(room: str) -> tuple[Import, ...]:
-    return tuple(imports(PACKAGE / f"{room}.py"))
+def imports_of(path: Path) -> tuple[Import, ...]:
+    return tuple(imports(path))
 
 
-def rooms() -> set[str]:
-    return {path.stem for path in PACKAGE.glob("*.py")}
+def package_of(path: Path) -> str:
+    top = path.relative_to(PACKAGE).parts[0]
+    return top.removesuffix(".py")
 
 
-KNOWN_ROOMS = sorted(rooms() & LAYER_OF.keys())
+# Recipes of the manual are files to copy, not rooms.
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if package_of(path) != "manual")
+by_name = pytest.mark.parametrize(
+    "path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES]
+)
 
 
-def test_the_rooms_are_those_of_the_design() -> None:
-    assert rooms() == set(LAYER_OF)
+def test_the_packages_are_those_of_the_table() -> None:
+    assert {package_of(path) for path in FILES} == PACKAGES
 
 
-def test_the_package_is_flat() -> None:
-    below = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.rglob("*.py"))}
-    assert below == {"manual"}, "whose only .py is a recipe to copy"
+def test_packages_have_no_packages() -> None:
+    assert max(len(path.relative_to(PACKAGE).parts) for path in FILES) == 2
 
 
 def test_no_room_is_a_drawer_for_leftovers() -> None:
-    assert not {"utils", "util", "helpers", "common", "misc"} & rooms()
+    drawers = {"utils", "util", "helpers", "common", "misc", "core", "base"}
+    assert not drawers & {path.stem for path in FILES}
 
 
-@pytest.mark.parametrize("room", KNOWN_ROOMS)
-def test_a_room_imports_only_from_layers_below_it(room: str) -> None:
-    own = LAYER_OF[room]
+def test_no_arrow_runs_back_up() -> None:
+    order: list[str] = []
+    for package, below in MAY_IMPORT.items():
+        assert below <= set(order), f"{package} stands above what it may import"
+        order.append(package)
+
+
+@by_name
+def test_a_package_imports_only_what_it_may(path: Path) -> None:
+    package = package_of(path)
+    may = MAY_IMPORT.get(package, set()) | VOCABULARY | {package}
     wrong = [
-        f"{room}.py:{found.line} imports {other}"
-        for found in imports_of(room)
-        for other in found.rooms()
-        if LAYER_OF.get(other, own) >= own and not {room, other} <= INTERNAL_IMPORTS_ALLOWED
+        f"line {found.line} imports {other}"
+        for found in imports_of(path)
+        for other, _ in found.reached()
+        if other not in may
     ]
     assert wrong == []
 
 
-@pytest.mark.parametrize("room", KNOWN_ROOMS)
-def test_a_library_stays_in_its_rooms(room: str) -> None:
+@by_name
+def test_nobody_reaches_behind_the_door_of_another(path: Path) -> None:
+    package = package_of(path)
     wrong = [
-        f"{room}.py:{found.line} imports {found.module}"
-        for found in imports_of(room)
+        f"line {found.line} imports {found.module}"
+        for found in imports_of(path)
+        for other, is_behind in found.reached()
+        if other != package and is_behind
+    ]
+    assert wrong == []
+
+
+@by_name
+def test_rooms_of_a_package_go_in_one_direction(path: Path) -> None:
+    """No room imports one that, over whatever others, imports it."""
+
+    def below(room: Path) -> Iterator[Path]:
+        for found in imports_of(room):
+            _, package, *rest = [*found.module.split("."), ""]
+            if found.library != "batchrun" or package != package_of(path):
+                continue
+            for name in [rest[0]] if rest[0] else found.names:
+                if (other := PACKAGE / package / f"{name}.py").exists():
+                    yield other
+
+    seen: set[Path] = set()
+    waiting = [path]
+    while waiting:
+        for room in below(waiting.pop()):
+            assert room != path, "imports itself over others"
+            if room not in seen:
+                seen.add(room)
+                waiting.append(room)
+
+
+@by_name
+def test_a_library_stays_in_its_packages(path: Path) -> None:
+    wrong = [
+        f"line {found.line} imports {found.module}"
+        for found in imports_of(path)
         if found.library not in NOT_LIBRARIES
         and not found.only_for_types
-        and room not in LIBRARY_ROOMS.get(COMPANIONS.get(found.library, found.library), set())
+        and package_of(path)
+        not in LIBRARY_ROOMS.get(COMPANIONS.get(found.library, found.library), set())
     ]
     assert wrong == []
 
@@ -192,9 +222,9 @@ def test_the_libraries_are_the_declared_dependencies() -> None:
     assert declared == set(LIBRARY_ROOMS)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+@by_name
 def test_imports_are_absolute_and_name_what_they_take(path: Path) -> None:
-    wrong = [f"line {i.line}" for i in imports(path) if not i.module or "*" in i.names]
+    wrong = [f"line {i.line}" for i in imports_of(path) if not i.module or "*" in i.names]
     assert wrong == []
 
 

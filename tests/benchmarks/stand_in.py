@@ -12,7 +12,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 from upstream import REPLY, Books, Endpoint
 
-from batchrun.mock_server import MockReply, MockRequest, MockServer
+from batchrun.mock.replies import MockReply, MockRequest
+from batchrun.mock.server import MockServer
 
 JSON = {"Content-Type": "application/json"}
 REFUSAL = MockReply(

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from batchrun.cli import main
+from batchrun.cli.main import main
 
 EVERY_S = 0.001
 

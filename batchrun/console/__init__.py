@@ -1,0 +1,44 @@
+"""Facts become text. Decides nothing."""
+
+from batchrun.console.after import final_block, final_lines, next_steps
+from batchrun.console.as_json import models_json, to_json
+from batchrun.console.facts import (
+    BadRowFacts,
+    CollectFacts,
+    FileFacts,
+    FinalFacts,
+    StartFacts,
+    StatusFacts,
+    ValidateFacts,
+)
+from batchrun.console.instead import error_summary, error_text, skipped_summary
+from batchrun.console.progress import Progress, Snapshot
+from batchrun.console.start import start_block, start_lines
+from batchrun.console.views import collect_block, status_block, validate_block
+from batchrun.console.writer import FAREWELL_S
+
+__all__ = [
+    "FAREWELL_S",
+    "BadRowFacts",
+    "CollectFacts",
+    "FileFacts",
+    "FinalFacts",
+    "Progress",
+    "Snapshot",
+    "StartFacts",
+    "StatusFacts",
+    "ValidateFacts",
+    "collect_block",
+    "error_summary",
+    "error_text",
+    "final_block",
+    "final_lines",
+    "models_json",
+    "next_steps",
+    "skipped_summary",
+    "start_block",
+    "start_lines",
+    "status_block",
+    "to_json",
+    "validate_block",
+]

@@ -1,0 +1,140 @@
+"""What the texts are made from; filled by the runs, printed here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from batchrun import errors
+from batchrun.summary import ErrorCount, RowCounts, TokenCounts
+
+
+class FileFacts(Struct, frozen=True, kw_only=True):
+    """One input as it was detected."""
+
+    name: str
+    format: str  # "jsonl" or "parquet"
+    compression: str = ""
+    rows: int = 0
+    size_bytes: int | None = None
+    shape: str
+    prompt_column: str | None = None
+    sent: tuple[str, ...] = ()
+    carried_only: tuple[str, ...] = ()
+
+
+class StartFacts(Struct, frozen=True, kw_only=True):
+    """What is known when the first request is about to leave."""
+
+    files: tuple[FileFacts, ...]
+    output: str
+    rows: int
+    to_send: int  # everything this run asks for, retries of earlier failures included
+    to_retry: int = 0  # of those: rows that failed for a passing reason, or --retry-failed
+    answered_before: int = 0
+    failed_before: int = 0  # settled failures that stay as they are
+    invalid: int = 0
+    repeats: int = 0
+    over_limit: int = 0  # rows of the input that --limit leaves out
+    continues_since_ms: int | None = None  # when the unfinished run began; None: none
+    base_url: str
+    host: str
+    model: str | None = None
+    key_name: str | None = None
+    synthetic: bool = False
+    hosts_before: tuple[str, ...] = ()  # other hosts that gave answers held
+    renamed: tuple[tuple[str, str], ...] = ()
+    models_replaced: tuple[str, ...] = ()  # row models that --model replaces
+    rows_model_replaced: int = 0
+    rows_params_replaced: tuple[tuple[str, int], ...] = ()
+    skipped: tuple[str, ...] = ()  # files of a directory or glob that were not read
+    notes: tuple[str, ...] = ()
+
+
+class BadRowFacts(Struct, frozen=True):
+    source: str  # "prompts.jsonl:812"
+    reason: str
+    code: str = ""
+
+
+class ValidateFacts(Struct, frozen=True, kw_only=True):
+    """What ``validate`` found; ``bodies`` are the first ones, whole, as they would be sent."""
+
+    files: tuple[FileFacts, ...]
+    rows: int
+    bad: int = 0
+    bad_rows: tuple[BadRowFacts, ...] = ()  # may be fewer than ``bad``: the rest is counted
+    repeats: int = 0
+    url: str | None = None  # None with --mock
+    renamed: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[str, ...] = ()
+    first_body: str | None = None
+    bodies: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        return errors.EXIT_ROWS_FAILED if self.bad else errors.EXIT_OK
+
+
+RunState = Literal["running", "stopped", "finished"]
+
+
+class StatusFacts(Struct, frozen=True, kw_only=True):
+    """What ``status`` found: a running process, an unfinished state, or a finished output."""
+
+    state: RunState
+    output: str
+    rows: RowCounts
+    pid: int | None = None
+    host: str | None = None  # of the process
+    started_at_ms: int | None = None
+    updated_at_ms: int | None = None
+    finished_at_ms: int | None = None  # also: stopped at
+    rows_per_s: float | None = None
+    in_flight: int | None = None
+    bound_by: str | None = None
+    exit_code_of_run: int | None = None
+    reason: str | None = None  # why it stopped, "deadline reached"
+    command: str | None = None  # to paste
+    models: tuple[str, ...] = ()
+    endpoint_hosts: tuple[str, ...] = ()
+    errors: tuple[ErrorCount, ...] = ()
+    tokens: TokenCounts | None = None
+    synthetic: bool = False
+    unused_answers: int = 0  # of rows gone from the input
+    unused_file: str | None = None  # keeps them
+
+    @property
+    def exit_code(self) -> int:
+        return {
+            "running": errors.EXIT_LOCKED,
+            "stopped": errors.EXIT_STOPPED,
+            "finished": errors.EXIT_OK,
+        }[self.state]
+
+
+class CollectFacts(Struct, frozen=True, kw_only=True):
+    """What ``collect`` wrote, and from what."""
+
+    output: str  # written
+    collected_from: str
+    rows: RowCounts
+    size_bytes: int | None = None
+    complete: bool = False
+    running: bool = False  # a process is still at work on it
+    synthetic: bool = False
+    errors: tuple[ErrorCount, ...] = ()
+    tokens: TokenCounts | None = None
+    command: str | None = None  # continues the run
+
+    @property
+    def exit_code(self) -> int:
+        return errors.EXIT_OK
+
+
+class FinalFacts(Struct, frozen=True, kw_only=True):
+    """What the final block says beyond the summary."""
+
+    output_bytes: int | None = None

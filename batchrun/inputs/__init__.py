@@ -1,0 +1,27 @@
+"""Files become rows. Knows no prompt and no column of the output."""
+
+from batchrun.inputs.carried import Carried, ColumnTypes, RepeatedIds
+from batchrun.inputs.files import content_digest, resolve, unchanged
+from batchrun.inputs.read import head, read
+from batchrun.inputs.rows import BATCH_ROWS, BadRow, Batch, InputFile, Resolved, Row, Rows
+from batchrun.inputs.spool import RowsOrTable, spool
+
+__all__ = [
+    "BATCH_ROWS",
+    "BadRow",
+    "Batch",
+    "Carried",
+    "ColumnTypes",
+    "InputFile",
+    "RepeatedIds",
+    "Resolved",
+    "Row",
+    "Rows",
+    "RowsOrTable",
+    "content_digest",
+    "head",
+    "read",
+    "resolve",
+    "spool",
+    "unchanged",
+]

@@ -1,0 +1,102 @@
+"""The words of reading: a file, a row, a bad row, a batch of them. Nothing here opens anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+import pyarrow as pa
+from msgspec import Struct
+
+from batchrun.config import InputFormat, JSONValue
+
+Compression = Literal["", "gz", "zst"]
+
+
+BATCH_ROWS: Final = 1024
+
+
+BATCH_BYTES: Final = 4 << 20
+
+
+LINE_LIMIT_BYTES: Final = 64 << 20
+
+
+READ_BYTES: Final = 1 << 20
+
+
+class BadRow(Struct, frozen=True, gc=False):
+    """A line that is not a JSON object, and why: a code for programs, words for a person."""
+
+    code: str
+    reason: str
+
+
+Row: TypeAlias = dict[str, JSONValue]
+
+
+Rows: TypeAlias = list[Row | BadRow]
+
+
+class Fingerprint(NamedTuple):
+    """Changes when a file is written to or replaced."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+
+class InputFile(Struct, frozen=True):
+    """One file to read. ``name`` is how people know it.
+
+    ``folders`` are the columns that ``key=value`` folders on the way to it give to every row.
+    """
+
+    path: Path
+    name: str
+    format: InputFormat
+    compression: Compression
+    fingerprint: Fingerprint
+    size_bytes: int
+    folders: tuple[tuple[str, str | None], ...] = ()
+
+
+class Resolved(NamedTuple):
+    """The files of a run in reading order, and what directories and globs held besides."""
+
+    files: list[InputFile]
+    skipped: list[str]  # "data/old.parquet (made by batchrun)"
+
+
+class Batch:
+    """At most 1,024 rows, in order.
+
+    ``lines`` are 1-based: lines of a JSONL file, rows of a table. ``rows`` holds at least the
+    columns asked for, and is often made only when first looked at.
+    """
+
+    __slots__ = ("_make", "_rows", "carried", "lines")
+
+    def __init__(
+        self,
+        lines: Sequence[int],
+        rows: Rows | Callable[[], Rows],
+        carried: pa.RecordBatch | None,
+    ) -> None:
+        self.lines = lines
+        self.carried = carried
+        self._rows = rows if isinstance(rows, list) else None
+        self._make = None if isinstance(rows, list) else rows
+
+    @property
+    def rows(self) -> Rows:
+        if self._rows is None:
+            assert self._make is not None
+            self._rows = self._make()
+            self._make = None
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self.lines)

@@ -1,0 +1,602 @@
+"""Append outcomes as they land, and know what is answered.
+
+A journal is a directory of segments ``journal-000001.seg`` ..., each a sequence of records. What
+was appended is written by ``flush``, and durable after a sync; opening replays the records into
+the index (``slots.SlotTable``) and repairs what a kill or a power failure left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from batchrun.errors import LocalIOError
+from batchrun.files import (
+    io_error,
+    make_durable,
+    make_private,
+    open_regular,
+    opened,
+    reporting,
+    sync_directory,
+)
+from batchrun.journal import records
+from batchrun.journal.kept_table import (
+    Covered,
+    ends_of,
+    forget_table,
+    forget_unfinished_table,
+    write_table,
+)
+from batchrun.journal.recovery import (
+    clear,
+    create_first_segment,
+    damaged,
+    misplaced,
+    repair,
+    replay,
+)
+from batchrun.journal.segments import Contents, Header, Recovery, segment_path
+from batchrun.journal.slots import Held, Survey
+from batchrun.journal.state import StateDir
+from batchrun.types import Outcome
+
+SEGMENT_BYTES = 256 << 20
+
+
+_LONGEST = 1 << 33  # more than any length field says
+
+
+# Holds a usual record whole, so that reading one is one system call.
+_READ_AHEAD = 4096
+
+
+# Reading over what lies between two records is cheaper than a system call for each, up to here.
+_WIDEST_GAP = 16 << 10
+
+
+_RUN_BYTES = 256 << 10
+
+
+_MOST_OPEN_SEGMENTS = 16
+
+
+# Fewer are replayed in no time, and a replay finds damage at once, not when a body is read.
+_FEWEST_KEPT = 20_000
+
+
+# Writing the table costs a thirtieth of replaying as many events.
+_WORTH_KEEPING = 8
+
+
+_Pending = tuple[int, int, int, int, int]  # type, slot, held, position, in doubt
+
+
+_CREATE = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+
+class Journal:
+    """The answers of one output. Whoever writes holds the lock; ``peek`` needs none.
+
+    Appends go to a buffer, and nothing in it counts before ``flush`` has written it. After a failed
+    write or fsync the journal takes nothing more: every further append raises the same error, and
+    what is on disk is what the next ``open`` finds.
+    """
+
+    def __init__(self, state: Path, segment_bytes: int, *, writable: bool) -> None:
+        self.run_path = state
+        self._segment_bytes = segment_bytes
+        self._writable = writable
+        self._buffer = bytearray()
+        self._pending: list[_Pending] = []
+        self._readers: dict[int, int] = {}
+        self._fd = -1
+        self._to_seal: list[int] = []
+        self._failure: LocalIOError | None = None
+
+    @classmethod
+    def open(cls, state: Path, header: Header, *, segment_bytes: int = SEGMENT_BYTES) -> Journal:
+        """Continue the journal in this directory, repaired, or begin one with this header.
+
+        Raises JournalDamaged when records that were durable are not whole, LocalIOError otherwise.
+        """
+        self = cls(state, segment_bytes, writable=True)
+        with reporting(state, "open the journal"):
+            make_private(state)
+            StateDir(state).finish_removal()
+            contents = replay(state)
+            forget_unfinished_table(state)
+            # Before anything is appended: once the segments have grown, it might be believed.
+            if contents is None or not contents.from_table:
+                forget_table(state)
+            if contents is None:
+                self._begin(header)
+                return self
+            self._adopt(contents, repair(state, contents))
+            self._continue_last_segment()
+            self._note_unsynced(contents.durable)
+            if contents.events > max(_FEWEST_KEPT, len(self._table) // _WORTH_KEEPING):
+                self.sync()
+                self._remember()
+        return self
+
+    @classmethod
+    def peek(cls, state: Path) -> Journal | None:
+        """A snapshot to read from, also beside a running process; None where there is no journal.
+
+        Repairs nothing. A torn tail is a record on its way, and not counted.
+        """
+        with reporting(state, "read the journal"):
+            contents = replay(state)
+        if contents is None:
+            return None
+        self = cls(state, SEGMENT_BYTES, writable=False)
+        self._adopt(contents, Recovery())
+        return self
+
+    def _begin(self, header: Header) -> None:
+        create_first_segment(self.run_path, header)
+        size = segment_path(self.run_path, 1).stat().st_size
+        self._adopt(Contents(header, sizes=[size]), Recovery())
+        self._continue_last_segment()
+
+    def _adopt(self, contents: Contents, recovery: Recovery) -> None:
+        self.header = contents.header
+        self.recovery = recovery
+        self.imported = contents.imported
+        self._table = contents.table
+        self._segment = len(contents.sizes)
+        self._size = contents.sizes[-1]
+        self._salt = records.salt_of(self.header.run_id, self._segment)
+        self._durable = contents.durable
+        self._dirty = False
+        self._syncing: _Sync | None = None
+
+    def _continue_last_segment(self) -> None:
+        path = segment_path(self.run_path, self._segment)
+        self._fd = open_regular(path, os.O_WRONLY | os.O_APPEND)
+
+    def _note_unsynced(self, durable: int) -> None:
+        """A killed process may have left records that are written but not yet durable."""
+        segment, offset = divmod(durable, 1 << records.OFFSET_BITS)
+        for number in range(max(segment, 1), self._segment):
+            with opened(segment_path(self.run_path, number)) as fd:
+                make_durable(fd)
+        after_sync = (
+            self._size - offset - len(records.frame_of(records.SYNC, records.POSITION.pack(0), 0))
+        )
+        self._dirty = segment != self._segment or after_sync > 0
+
+    # ── what is held ─────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def answers(self) -> int:
+        """Slots whose answer is settled for good: OK or REJECTED."""
+        return self._table.count(Held.OK) + self._table.count(Held.REJECTED)
+
+    @property
+    def attempts_in_doubt(self) -> int:
+        """Attempts that may have been billed without an answer, over all runs."""
+        return self._table.total_in_doubt()
+
+    def count(self, held: Held) -> int:
+        return self._table.count(held)
+
+    def begin_pass(self) -> None:
+        """Let claims start again from occurrence 0."""
+        self._table.begin_pass()
+
+    def claim(self, hash: bytes) -> int:
+        """The slot for the next row with this hash in this pass.
+
+        OK slots are given out first, then REJECTED, then PASSING; then new ones.
+        """
+        return self._table.claim(hash)
+
+    def claim_all(self, hashes: Iterable[bytes]) -> list[int]:
+        """The slots of several rows, as ``claim`` gives them one by one."""
+        return self._table.claim_all(hashes)
+
+    def places(self, slots: Sequence[int], held: Collection[Held]) -> list[int]:
+        """Places in ``slots`` of those with one of these."""
+        return self._table.places(slots, held)
+
+    def survey(self, slots: Sequence[int]) -> Survey:
+        """What is held for these slots, in sum."""
+        return self._table.survey(slots)
+
+    def lacking(self, hash: bytes) -> Iterator[int]:
+        """The slots of this hash that rows of this pass have, and that hold no OK outcome."""
+        table = self._table
+        for slot in table.slots_of(hash):
+            if table.is_claimed(slot) and table.held(slot) is not Held.OK:
+                yield slot
+
+    def settled_slots(self, hash: bytes) -> Iterator[int]:
+        """The slots of this hash that hold a settled outcome, whoever has them."""
+        settled = (Held.OK, Held.REJECTED)
+        return (slot for slot in self._table.slots_of(hash) if self._table.held(slot) in settled)
+
+    def unclaimed(self) -> Sequence[int]:
+        """The slots with a settled outcome that no row of this pass has."""
+        return self._table.unclaimed()
+
+    def forget_passes(self) -> None:
+        """Free what only ``claim`` needs; ``begin_pass`` derives it again."""
+        self._table.forget_passes()
+
+    def held(self, slot: int) -> Held:
+        return self._table.held(slot)
+
+    def occurrence(self, slot: int) -> int:
+        return self._table.occurrence(slot)
+
+    def hash(self, slot: int) -> bytes:
+        return self._table.hash(slot)
+
+    def in_doubt(self, slot: int) -> int:
+        """Attempts that may have been billed, over all runs, those that a kill cut off included."""
+        return self._table.in_doubt(slot)
+
+    def read(self, slot: int) -> Outcome:
+        """The outcome kept for a slot that is not NEW, its checksum verified. Any thread may.
+
+        Raises JournalDamaged when the record is not whole, or is not of this request.
+        """
+        if self._table.held(slot) is Held.NEW:
+            raise KeyError(slot)
+        segment, offset = divmod(self._table.position(slot), 1 << records.OFFSET_BITS)
+        try:
+            outcome = self._read_one(segment, offset)
+        except OSError as exc:
+            raise io_error(segment_path(self.run_path, segment), "read", exc) from exc
+        self._check_theirs((slot,), (outcome,))
+        return outcome
+
+    def read_all(self, slots: Sequence[int]) -> list[Outcome | None]:
+        """The outcomes of several slots, in their order; None for a NEW one.
+
+        Rows end in about the order they were sent, so what a slice of the input needs lies close
+        together: it is read in blocks, which costs a third of reading record by record.
+        """
+        outcomes: list[Outcome | None] = [None] * len(slots)
+        positions, places = self._table.kept(slots)
+        at = 0
+        while at < len(positions):
+            end = _end_of_run(positions, at)
+            segment = positions[at] >> records.OFFSET_BITS
+            try:
+                self._read_run(segment, positions[at:end], places[at:end], outcomes)
+            except OSError as exc:
+                raise io_error(segment_path(self.run_path, segment), "read", exc) from exc
+            at = end
+        self._check_theirs(slots, outcomes)
+        return outcomes
+
+    def _check_theirs(self, slots: Sequence[int], outcomes: Sequence[Outcome | None]) -> None:
+        """Whatever misled the table: nobody is given the answer to another request."""
+        table = self._table
+        # In one go: this runs for every row that is published.
+        firsts = [each.hash for each in outcomes if each is not None and not each.occurrence]
+        if table.are_first_of(firsts, slots):
+            return
+        for slot, outcome in zip(slots, outcomes, strict=True):
+            if outcome is None:
+                continue
+            if (outcome.hash, outcome.occurrence) != (table.hash(slot), table.occurrence(slot)):
+                segment, offset = divmod(table.position(slot), 1 << records.OFFSET_BITS)
+                raise misplaced(segment_path(self.run_path, segment), offset)
+
+    def _read_run(
+        self,
+        segment: int,
+        positions: list[int],
+        places: list[int],
+        outcomes: list[Outcome | None],
+    ) -> None:
+        """Decode what lies at these positions of one segment into its places."""
+        salt, base, outcome_at = self._salt_of(segment), positions[0], records.outcome_at
+        start = base & records.LAST_OFFSET
+        block = os.pread(self._reader(segment), positions[-1] - base + _READ_AHEAD, start)
+        for position, place in zip(positions, places, strict=True):
+            outcome = outcome_at(block, position - base, salt)
+            if outcome is None:  # longer than the block, or not whole
+                outcome = self._read_one(segment, position & records.LAST_OFFSET)
+            outcomes[place] = outcome
+
+    def _read_one(self, segment: int, offset: int) -> Outcome:
+        fd = self._reader(segment)
+        frame = os.pread(fd, _READ_AHEAD, offset)
+        end = records.frame_end(frame, 0, _LONGEST)
+        if end > len(frame):
+            frame = os.pread(fd, end, offset)
+        outcome = records.outcome_at(frame, 0, self._salt_of(segment))
+        if outcome is None:
+            raise damaged(segment_path(self.run_path, segment), offset)
+        return outcome
+
+    def _salt_of(self, segment: int) -> int:
+        return records.salt_of(self.header.run_id, segment)
+
+    def _reader(self, segment: int) -> int:
+        fd = self._readers.get(segment)
+        if fd is None:
+            if len(self._readers) >= _MOST_OPEN_SEGMENTS:
+                os.close(self._readers.pop(next(iter(self._readers))))
+            fd = open_regular(segment_path(self.run_path, segment), os.O_RDONLY)
+            self._readers[segment] = fd
+        return fd
+
+    # ── what happens ─────────────────────────────────────────────────────────────────────────────
+
+    def sending(self, hash: bytes, occurrence: int, slot: int) -> None:
+        """An attempt is about to begin; flush before its first byte leaves."""
+        self._append_tried(records.SENT, hash, occurrence, 0)
+        self._pending.append((records.SENT, slot, 0, 0, 0))
+
+    def failed(self, hash: bytes, occurrence: int, slot: int, in_doubt: bool) -> None:
+        """An attempt ended without settling its request."""
+        self._append_tried(records.FAILED, hash, occurrence, in_doubt)
+        self._pending.append((records.FAILED, slot, 0, 0, in_doubt))
+
+    def settled(self, slot: int, outcome: Outcome) -> None:
+        """Keep an outcome; without effect where an OK one is held. The occurrence is the slot's.
+
+        ``outcome.in_doubt`` counts the attempts of all runs.
+        """
+        if self._table.held(slot) is Held.OK:
+            return
+        if self._failure is not None or self._fd < 0:
+            self._refuse()
+        buffer = self._buffer
+        position = records.position_of(self._segment, self._size + len(buffer))
+        buffer += records.outcome_start(outcome, self._table.occurrence(slot), self._salt)
+        buffer += outcome.body
+        held = records.held_by(outcome.kind == "ok", outcome.final)
+        self._pending.append((records.OUTCOME, slot, held, position, outcome.in_doubt))
+        self._dirty = True
+
+    def reopen(self, slot: int) -> None:
+        """A settled failure counts as never settled. An OK answer stays."""
+        self._append_tried(records.REOPEN, self._table.hash(slot), self._table.occurrence(slot), 0)
+        self._pending.append((records.REOPEN, slot, 0, 0, 0))
+
+    def note_imported(self, publication: str) -> None:
+        """The answers of this published output have all been taken over."""
+        self._append(records.IMPORTED, publication.encode())
+        self.imported.add(publication)
+
+    def _append_tried(self, kind: int, hash: bytes, occurrence: int, in_doubt: int) -> None:
+        if self._failure is not None or self._fd < 0:
+            self._refuse()
+        self._buffer += records.tried(kind, hash, occurrence, in_doubt, self._salt)
+        self._dirty = True
+
+    def _append(self, kind: int, payload: bytes) -> None:
+        if self._failure is not None or self._fd < 0:
+            self._refuse()
+        self._buffer += records.frame_of(kind, payload, self._salt)
+        self._dirty = True
+
+    def _refuse(self) -> NoReturn:
+        raise self._failure or LocalIOError(f"{self.run_path}: this journal is not open to write")
+
+    # ── making it stay ───────────────────────────────────────────────────────────────────────────
+
+    def flush(self) -> None:
+        """Write what was appended, in one system call; only now does it count.
+
+        After a LocalIOError nothing of it counts here, though whole records of it may be found by
+        the next ``open``.
+        """
+        if not self._buffer:
+            return
+        if self._failure is not None:
+            self._refuse()
+        buffer, self._buffer = self._buffer, bytearray()
+        pending, self._pending = self._pending, []
+        self._write(buffer)
+        self._apply(pending)
+        if self._size >= self._segment_bytes:
+            self._begin_segment()
+
+    def _write(self, buffer: bytes | bytearray) -> None:
+        try:
+            written = os.write(self._fd, buffer)
+            while written < len(buffer):
+                written += os.write(self._fd, memoryview(buffer)[written:])
+        except OSError as exc:
+            self._fail("write", exc)
+        self._size += len(buffer)
+
+    def _apply(self, pending: list[_Pending]) -> None:
+        table = self._table
+        for kind, slot, held, position, in_doubt in pending:
+            if kind == records.OUTCOME:
+                table.settled(slot, held, position, in_doubt)
+            elif kind == records.SENT:
+                table.sent(slot)
+            elif kind == records.FAILED:
+                table.failed(slot, bool(in_doubt))
+            elif kind == records.REOPEN:
+                table.reopened(slot)
+
+    def _fail(self, doing: str, error: OSError) -> NoReturn:
+        path = segment_path(self.run_path, self._segment)
+        self._failure = io_error(path, doing, error)
+        raise self._failure from error
+
+    def _begin_segment(self) -> None:
+        """Go on in a new file. The full one stays open until a sync has sealed it."""
+        path = segment_path(self.run_path, self._segment + 1)
+        try:
+            fd = os.open(path, _CREATE, 0o600)
+        except OSError as exc:
+            self._fail("create", exc)
+        self._to_seal.append(self._fd)
+        sealed_bytes = self._size
+        self._fd, self._size, self._segment = fd, 0, self._segment + 1
+        self._salt = self._salt_of(self._segment)
+        self._write(
+            records.frame_of(records.SEALED, records.POSITION.pack(sealed_bytes), self._salt)
+        )
+
+    def begin_sync(self) -> Callable[[], None] | None:
+        """What another thread must run to make everything so far durable; None when it is.
+
+        Flushes first. When the call returned, ``end_sync`` notes it. Its failure is final: the
+        kernel may have dropped the pages, and a second fsync would claim success.
+        """
+        self.flush()
+        if not self._dirty or self._syncing is not None:
+            return None
+        self._dirty = False
+        sealing, self._to_seal = self._to_seal, []
+        self._syncing = _Sync(
+            sealing,
+            self._fd,
+            records.position_of(self._segment, self._size),
+            self.run_path,
+            self._fail,
+        )
+        return self._syncing
+
+    def end_sync(self) -> None:
+        """Note that the last ``begin_sync`` has been carried out."""
+        if self._failure is not None:
+            self._refuse()
+        if self._syncing is not None:
+            self._durable = self._syncing.position
+            self._buffer += records.frame_of(
+                records.SYNC, records.POSITION.pack(self._durable), self._salt
+            )
+            self._syncing = None
+
+    def sync(self) -> None:
+        """Make everything durable and say so, in this thread."""
+        # One that was begun and abandoned may be running now, or may never run by itself.
+        if self._syncing is not None:
+            self._syncing()
+            self.end_sync()
+        if (make_durable := self.begin_sync()) is not None:
+            make_durable()
+            self.end_sync()
+        self.flush()
+
+    def close(self, *, remember: bool = True) -> None:
+        """Release the files. What was not flushed is gone; never raises.
+
+        With ``remember``, what is held is kept for the next ``open``, if all of it is durable.
+        """
+        if remember:
+            self._remember()
+        if self._syncing is not None:
+            self._syncing.abandon()
+            self._syncing = None
+        fds = [self._fd, *self._to_seal, *self._readers.values()]
+        self._fd, self._to_seal = -1, []
+        self._readers.clear()
+        for fd in fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def _is_settled(self) -> bool:
+        """Whether all the table says is durable, and worth keeping; not of a deleted journal."""
+        segment = self._durable >> records.OFFSET_BITS
+        return (
+            self._fd >= 0
+            and segment == self._segment
+            and not (self._dirty or self._buffer or self._syncing or self._failure)
+            and len(self._table) >= _FEWEST_KEPT
+            and os.fstat(self._fd).st_nlink > 0
+        )
+
+    def _remember(self) -> None:
+        # It only saves time: where it cannot be written, the segments are read again.
+        with contextlib.suppress(OSError):
+            if self._is_settled():
+                self._keep_table()
+
+    def _keep_table(self) -> None:
+        sealed = (segment_path(self.run_path, n) for n in range(1, self._segment))
+        sizes = [*(path.stat().st_size for path in sealed), self._durable & records.LAST_OFFSET]
+        covered = Covered(
+            run_id=self.header.run_id,
+            sizes=sizes,
+            ends=ends_of(self.run_path, sizes),
+            imported=sorted(self.imported),
+            on_their_way=self._table.on_their_way,
+            slots=len(self._table),
+        )
+        write_table(self.run_path, self._table, covered)
+
+    # ── beginning anew ───────────────────────────────────────────────────────────────────────────
+
+    def reset(self, header: Header) -> None:
+        """Delete every record and begin with this header."""
+        if not self._writable:
+            self._refuse()
+        self.close(remember=False)
+        self._buffer, self._pending = bytearray(), []
+        with reporting(self.run_path, "begin a journal"):
+            clear(self.run_path, lambda path: path.unlink())
+            sync_directory(self.run_path)
+            self._begin(header)
+
+
+def _end_of_run(positions: list[int], at: int) -> int:
+    """Up to where positions, ascending, are read at once: they lie close together, or it is one."""
+    end = bisect_right(positions, positions[at] + _RUN_BYTES, at)
+    between = positions[end - 1] - positions[at]
+    return end if between <= (end - at) * _WIDEST_GAP else at + 1
+
+
+class _Sync:
+    """One group of records being made durable, by whichever thread comes first."""
+
+    def __init__(
+        self,
+        sealing: list[int],
+        current: int,
+        position: int,
+        state: Path,
+        fail: Callable[[str, OSError], NoReturn],
+    ) -> None:
+        self.position = position
+        self._sealing = sealing
+        self._current = current
+        self._state = state
+        self._fail = fail
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def __call__(self) -> None:
+        """Do it, unless it is done. Its files stay open until then, whatever the writer does."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+            try:
+                for fd in (*self._sealing, self._current):
+                    make_durable(fd)
+                if self._sealing:
+                    sync_directory(self._state)
+            except OSError as exc:
+                self._fail("fsync", exc)
+            finally:
+                self._close()
+
+    def abandon(self) -> None:
+        """Wait for a thread that is in it, and let no other begin."""
+        with self._lock:
+            self._ended = True
+            self._close()
+
+    def _close(self) -> None:
+        while self._sealing:
+            os.close(self._sealing.pop())

@@ -1,0 +1,10 @@
+"""The endpoint of ``--mock`` and ``batchrun mock-server``."""
+
+from batchrun.mock.replies import Knobs
+from batchrun.mock.server import MockServer, serve
+
+__all__ = [
+    "Knobs",
+    "MockServer",
+    "serve",
+]

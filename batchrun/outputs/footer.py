@@ -1,0 +1,78 @@
+"""What an output says of itself: version, settings, hosts, rows by state, tokens."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeAlias
+
+import msgspec
+import pyarrow as pa
+from msgspec import Struct
+
+from batchrun.outputs.rows import clean
+from batchrun.summary import ErrorCount, TokenCounts
+
+FOOTER_KEY = b"batchrun"
+
+
+Schema: TypeAlias = pa.Schema  # for those who pass one on without a need for pyarrow
+
+
+class FooterRows(Struct, frozen=True):
+    """How many rows of the file are what; ``passing`` of the errors are tried by every rerun."""
+
+    ok: int = 0
+    error: int = 0
+    passing: int = 0
+    truncated: int = 0
+    filtered: int = 0
+    empty: int = 0
+    duplicate: int = 0
+
+
+class Aside(Struct, frozen=True):
+    """What marks a file of answers whose rows are gone: the output they left, and since when."""
+
+    output: str
+    oldest_ms: int
+
+
+class Footer(Struct, frozen=True, kw_only=True):
+    """What a published file says about itself. Members may be added, never renamed.
+
+    The caller fills in all but ``rows``, ``tokens``, ``errors`` and ``request_models``: ``publish``
+    takes those from its tally. An empty file stands for ``Footer(complete=False)``.
+    """
+
+    schema: int = 1
+    batchrun_version: str = ""
+    run_id: str = ""
+    publication: str = ""  # of this very file: one run may publish more than once
+    complete: bool = True
+    synthetic: bool = False
+    inputs: list[str] = []
+    inputs_digest: str = ""
+    settings: dict[str, Any] = {}
+    publishing: dict[str, Any] = {}
+    hosts: list[str] = []
+    started_at: str = ""
+    finished_at: str = ""
+    rows: FooterRows = FooterRows()
+    tokens: TokenCounts = msgspec.field(default_factory=TokenCounts)
+    errors: list[ErrorCount] = []
+    request_models: list[str] = []
+    aside: Aside | None = None
+
+
+def footer_json(footer: Footer) -> bytes:
+    try:
+        return msgspec.json.encode(footer)
+    except UnicodeEncodeError:  # a file name need not be UTF-8
+        return clean(json.dumps(msgspec.to_builtins(footer), ensure_ascii=False)).encode()
+
+
+def footer(text: bytes) -> Footer | None:
+    try:
+        return msgspec.json.decode(text, type=Footer)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None

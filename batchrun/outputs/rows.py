@@ -1,0 +1,205 @@
+"""Outcomes and carried columns, slice by slice, as the columns of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import msgspec
+import pyarrow as pa
+from msgspec import Struct
+
+from batchrun import chat
+from batchrun.outputs.tally import OutputTally
+from batchrun.types import NO_USAGE, Answer, Answers, Outcome, Tokens
+
+GROUP_ROWS = 20_000
+
+
+PIECE_ROWS = 1_024
+
+
+PIECE_BYTES = 4_000_000
+
+
+_NO_ANSWER = Answer()
+
+
+# Stands for a row that never became a request, and alone has no hash: but for its code, every
+# column it fills is null or zero.
+_NOT_SENT = Outcome(
+    hash=b"",
+    occurrence=0,
+    kind="rejected",
+    final=True,
+    attempts=0,
+    in_doubt=0,
+    http_status=None,
+    code="",
+    message="",
+    request_id="",
+    model="",
+    latency_s=None,
+    ttft_s=None,
+    finished_at_ms=0,
+    usage=NO_USAGE,
+    body=b"",
+)
+
+
+class InvalidRow(Struct, frozen=True, gc=False):
+    """A row that could not become a request; ``reason`` says why, without file and line."""
+
+    code: str
+    reason: str
+
+
+class Slice(NamedTuple):
+    """Consecutive rows, at most about a thousand: what the input says and what the endpoint said.
+
+    ``carried`` has one row for each outcome and the schema given to ``publish``. ``sources`` are
+    looked at for failed rows only, so they may be made lazily. An outcome None is a row still
+    pending: it is counted and left out.
+    """
+
+    carried: pa.RecordBatch | None
+    custom_ids: Sequence[str]
+    sources: Sequence[str]  # "prompts.jsonl:214"
+    outcomes: Sequence[Outcome | InvalidRow | None]
+
+
+class Row(NamedTuple):
+    custom_id: str
+    outcome: Outcome  # like _NOT_SENT: invalid input
+    answer: Answer
+    message: str  # of the error, "" when there is none
+
+
+class Rows(NamedTuple):
+    """The rows of a piece, by column: one tuple a row would be most of what publishing costs."""
+
+    custom_ids: Sequence[str]
+    outcomes: Sequence[Outcome]
+    tokens: Tokens
+    answers: Answers
+    messages: Sequence[str]
+
+    def one_by_one(self) -> Iterator[Row]:
+        columns = zip(*self.answers, strict=True)
+        said = (Answer(a, b, c, NO_USAGE, d, e, f) for a, b, c, d, e, f in columns)
+        return map(Row, self.custom_ids, self.outcomes, said, self.messages)
+
+
+def pieces(whole: Slice) -> Iterator[Slice]:
+    """Cut a slice so that no piece is much larger than PIECE_BYTES or longer than PIECE_ROWS."""
+    ends = _ends(whole)
+    if len(ends) <= 1:
+        yield whole
+        return
+    start = 0
+    for end in ends:
+        yield Slice(
+            None if whole.carried is None else whole.carried.slice(start, end - start),
+            whole.custom_ids[start:end],
+            [whole.sources[at] for at in range(start, end)],
+            whole.outcomes[start:end],
+        )
+        start = end
+
+
+def _ends(whole: Slice) -> list[int]:
+    outcomes, carried = whole.outcomes, whole.carried
+    each = 0 if carried is None or not len(outcomes) else carried.nbytes // len(outcomes)
+    sizes = [len(o.body) + each if type(o) is Outcome else each for o in outcomes]
+    if len(sizes) <= PIECE_ROWS and sum(sizes) < PIECE_BYTES:
+        return [len(outcomes)]
+    ends: list[int] = []
+    start = size = 0
+    for end, more in enumerate(sizes, 1):
+        size += more
+        if size >= PIECE_BYTES or end - start >= PIECE_ROWS or end == len(sizes):
+            ends.append(end)
+            start, size = end, 0
+    return ends
+
+
+def told(piece: Slice, tally: OutputTally) -> tuple[Rows, pa.RecordBatch | None]:
+    """Tell the tally about every row; return those that are published, with what they carry."""
+    kept = [at for at, outcome in enumerate(piece.outcomes) if outcome is not None]
+    custom_ids, carried = piece.custom_ids, piece.carried
+    for _ in range(len(piece.outcomes) - len(kept)):
+        tally.add(None, None, None, "", "")
+    if len(kept) < len(piece.outcomes):
+        custom_ids = [custom_ids[at] for at in kept]
+        # Typed, for a piece without any answer: an empty list alone would be of type null.
+        carried = None if carried is None else carried.take(pa.array(kept, pa.int64()))
+    found = [piece.outcomes[at] for at in kept]
+    ok = [at for at, each in enumerate(found) if type(each) is Outcome and each.kind == "ok"]
+    messages = [""] * len(found)
+    if len(ok) < len(found):
+        tally.note_models([each.model for each in found if type(each) is Outcome])
+        custom_ids = list(custom_ids)
+        for at in sorted(set(range(len(found))) - set(ok)):
+            failed = cast("Outcome | InvalidRow", found[at])
+            row = _failed(custom_ids[at], failed, piece.sources[kept[at]], tally)
+            custom_ids[at], found[at], messages[at] = row.custom_id, row.outcome, row.message
+    rows = _rows(custom_ids, cast("list[Outcome]", found), messages)
+    _tell_ok(rows, ok, tally)
+    return rows, carried
+
+
+def _rows(custom_ids: Sequence[str], outcomes: Sequence[Outcome], messages: Sequence[str]) -> Rows:
+    usages = [outcome.usage for outcome in outcomes]
+    tokens = Tokens(
+        [usage.prompt_tokens for usage in usages],
+        [usage.completion_tokens for usage in usages],
+        [usage.total_tokens for usage in usages],
+        [usage.cached_tokens for usage in usages],
+        [usage.reasoning_tokens for usage in usages],
+    )
+    bodies = [o.body if o.kind == "ok" else chat.NOTHING for o in outcomes]
+    return Rows(custom_ids, outcomes, tokens, chat.columns(bodies), messages)
+
+
+def _tell_ok(rows: Rows, ok: list[int], tally: OutputTally) -> None:
+    outcomes, tokens, said = rows.outcomes, rows.tokens, rows.answers
+    if len(ok) < len(outcomes):
+        outcomes = [outcomes[at] for at in ok]
+        tokens = Tokens(*([column[at] for at in ok] for column in tokens))
+        # One type a column, which a loop over them cannot say.
+        said = Answers(*cast("Any", ([column[at] for at in ok] for column in said)))
+    models, occurrences = [o.model for o in outcomes], [o.occurrence for o in outcomes]
+    tally.add_ok(models, occurrences, tokens, said)
+
+
+def _failed(custom_id: str, outcome: Outcome | InvalidRow, source: str, tally: OutputTally) -> Row:
+    source = clean(source)
+    if isinstance(outcome, Outcome):
+        row = clean_row(Row(custom_id, outcome, _NO_ANSWER, outcome.message))
+        tally.add(row.outcome, None, None, row.custom_id, source)
+        return row
+    reason = clean(outcome.reason)
+    not_sent = msgspec.structs.replace(_NOT_SENT, code=outcome.code)
+    row = Row(clean(custom_id), not_sent, _NO_ANSWER, f"{source}: {reason}")
+    tally.add(None, reason, None, row.custom_id, source, invalid_code=outcome.code)
+    return row
+
+
+def clean_row(row: Row) -> Row:
+    """The row with texts that UTF-8 can hold; a journal or a header may have brought others."""
+    custom_id, outcome, answer, message = row
+    outcome = msgspec.structs.replace(
+        outcome,
+        code=clean(outcome.code),
+        message=clean(outcome.message),
+        request_id=clean(outcome.request_id),
+        model=clean(outcome.model),
+    )
+    return Row(clean(custom_id), outcome, answer, clean(message))
+
+
+def clean(text: str) -> str:
+    """``text``, each lone surrogate in it replaced by U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,62 @@
+"""``batchrun validate``: what the input is, and what would be sent."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from batchrun import chat, inputs, process
+from batchrun.chat import Invalid
+from batchrun.config import STDIN, RunConfig
+from batchrun.console import BadRowFacts, ValidateFacts
+from batchrun.journal import SlotTable
+from batchrun.runs import plan
+from batchrun.runs.opening import file_facts, prompt_settings
+from batchrun.secret import hidden_in_url
+
+SHOWN_BAD_ROWS = 1_000
+
+
+def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
+    """Build every row's request and send nothing. ``show`` is how many bodies come back whole."""
+    with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
+        spool = None
+        if STDIN in config.inputs:
+            spool = inputs.spool(process.stdin(plan.never_stop), Path(directory))
+        files, skipped = inputs.resolve(config.inputs, config.input_format, spool=spool)
+        settings = prompt_settings(config)
+        sources = plan.lay_out(files, settings, config)
+        types, ids = inputs.ColumnTypes(config.carry), inputs.RepeatedIds()
+        table = SlotTable()
+        rows = repeats = bad = 0
+        bad_rows: list[BadRowFacts] = []
+        bodies: list[str] = []
+        for source, batch in plan.batches(sources, config.limit, observe=types.observe):
+            ids.add(batch.rows)
+            for line, row in zip(batch.lines, batch.rows, strict=True):
+                rows += 1
+                source.rows += 1
+                built = plan.identified(source.builder, row)
+                if isinstance(built, Invalid):
+                    bad += 1
+                    if len(bad_rows) < SHOWN_BAD_ROWS:
+                        place = f"{source.file.name}:{line}"
+                        bad_rows.append(BadRowFacts(place, built.reason, built.code))
+                    continue
+                repeats += table.occurrence(table.claim(built.hash)) > 0
+                if len(bodies) < max(show, 1):
+                    bodies.append(chat.encode(built.body).decode())
+        carried = types.carried()
+        return ValidateFacts(
+            files=tuple(file_facts(source) for source in sources),
+            rows=rows,
+            bad=bad,
+            bad_rows=tuple(bad_rows),
+            repeats=repeats,
+            url=hidden_in_url(config.endpoint.url) if config.endpoint else None,
+            renamed=tuple(carried.renamed),
+            notes=tuple(plan.notes(sources, carried, ids)),
+            skipped=tuple(skipped),
+            first_body=bodies[0] if bodies else None,
+            bodies=tuple(bodies[:show]),
+        )

@@ -1,0 +1,144 @@
+"""Journals what the pool reports, counts it, and ends a run that fails from its start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from batchrun import chat
+from batchrun.config import RunConfig
+from batchrun.errors import BatchrunError, EndpointRefused
+from batchrun.journal import Held, Journal
+from batchrun.sending.classify import NEXT_STEPS
+from batchrun.sending.tally import RunTally
+from batchrun.types import NO_USAGE, Attempt, Decision, Outcome, Reply, Request, Tries
+
+# An endpoint's error page is kept for the record; beyond this it is somebody's web site.
+MAX_ERROR_BODY = 2**20
+
+
+REQUEST_ID_HEADERS = (
+    *("x-request-id", "mistral-correlation-id", "request-id", "x-litellm-call-id", "cf-ray"),
+)
+
+
+def refusal(host: str, decision: Decision) -> EndpointRefused:
+    """What a fatal decision ends the run with; its reason reads on after the host's name."""
+    advice = NEXT_STEPS.get(decision.code)
+    return EndpointRefused(f"{host} {decision.reason}", next_steps=(advice,) if advice else ())
+
+
+class Desk:
+    """Journals what the pool reports, then counts it, and ends a run that fails from its start."""
+
+    def __init__(self, config: RunConfig, journal: Journal, host: str) -> None:
+        self.tally = RunTally()
+        self.reopened = 0
+        self.wrong_model = False
+        self.stop: Callable[[BatchrunError], None] = _no_pool_yet
+        self._journal = journal
+        self._host = host
+        self._unwritten: list[tuple[Outcome, Reply | None, int]] = []
+        self._abort_after = config.abort_after
+        self._ever_ok = journal.count(Held.OK) > 0
+        self._alike: dict[str, list[int]] = {}
+
+    def sending(self, request: Request) -> None:
+        self._journal.sending(request.hash, request.occurrence, request.slot)
+        self._write()
+
+    def failed(self, request: Request, decision: Decision, *, again: bool) -> None:
+        self._journal.failed(
+            request.hash, request.occurrence, request.slot, in_doubt=decision.in_doubt
+        )
+        self.tally.attempt_failed(decision, again=again)
+        if decision.kind == "fatal":
+            self.wrong_model = decision.code == "model_not_found"
+            self.stop(refusal(self._host, decision))
+
+    def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
+        outcome = outcome_of(request, attempt, decision, tries)
+        self._journal.settled(request.slot, outcome)
+        self._unwritten.append((outcome, attempt.reply, request.row))
+        if decision.kind == "ok":
+            self._ever_ok = True
+            return
+        self.tally.attempt_failed(decision, again=False)
+        # Rows that may have been billed so often are not opened again for a next run to pay for.
+        may_compare = self._abort_after and decision.alike and not tries.doubt_spent
+        if may_compare and not self._ever_ok:
+            self._compare(request.slot, decision)
+
+    def resent(self, times: int) -> None:
+        self.tally.resent(times)
+
+    def abandoned(self, request: Request) -> None:
+        # The SENT record without an end says so in the journal.
+        self.tally.withdrawn()
+
+    def idle(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        self._journal.flush()
+        if self._unwritten:
+            for outcome, reply, row in self._unwritten:
+                self.tally.add(outcome, reply, row)
+            self._unwritten.clear()
+
+    def _compare(self, slot: int, decision: Decision) -> None:
+        if self.reopened:
+            # Those in flight when the run was ended: of the same cause, or no better known.
+            self._journal.reopen(slot)
+            self.reopened += 1
+            return
+        slots = self._alike.setdefault(decision.alike, [])
+        slots.append(slot)
+        if len(slots) < self._abort_after:
+            return
+        for refused in slots:
+            self._journal.reopen(refused)
+        self.reopened = len(slots)
+        first = f"{len(slots):,} rows all failed the same way" if slots[1:] else "row failed"
+        self.stop(EndpointRefused(f"the first {first}: {decision.reason}"))
+
+
+def _no_pool_yet(cause: BatchrunError) -> None:
+    raise cause
+
+
+def outcome_of(request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> Outcome:
+    """What the journal keeps of a settled request."""
+    kind = decision.kind
+    assert kind != "fatal"
+    reply = attempt.reply
+    body = attempt.body
+    ok = kind == "ok"
+    if not ok and len(body) > MAX_ERROR_BODY:
+        body = b""
+    return Outcome(
+        hash=request.hash,
+        occurrence=request.occurrence,
+        kind=kind,
+        final=ok or kind == "rejected" or tries.doubt_spent,
+        attempts=tries.attempts,
+        in_doubt=request.in_doubt + tries.in_doubt,
+        http_status=attempt.status,
+        code="" if ok else decision.code,
+        message="" if ok else decision.reason,
+        request_id=_request_id(attempt),
+        model=request.model,
+        latency_s=attempt.ended_s - attempt.started_s,
+        ttft_s=attempt.ttft_s,
+        finished_at_ms=attempt.finished_at_ms,
+        # Tokens that a broken answer mentions belong to an attempt in doubt, not to an answer.
+        usage=reply.usage if ok and reply is not None else NO_USAGE,
+        body=body,
+    )
+
+
+def _request_id(attempt: Attempt) -> str:
+    headers = attempt.headers
+    for name in REQUEST_ID_HEADERS:
+        if value := headers.get(name):
+            return value
+    return chat.request_id(attempt.body)

@@ -1,0 +1,396 @@
+"""N workers over one source of ready requests; those that failed once come before new ones.
+
+A request is in one of these places, and each is bounded:
+
+    feed ──► worker ──► settled      read ahead by one thread, so many rows and bytes
+               │ ▲
+       parked ─┘ │     waits out its own back-off: a timer, no task and no worker
+       ready  ───┤     its wait is over: goes before new ones
+       lines  ───┘     waits for its model's quota or gate, first come first served
+
+A worker asleep would be a stalled slot (5 % failures with a second's back-off halve the throughput
+at 50 ms latency), so no worker ever sleeps while it holds a request. The pool knows no status code
+and no file: it acts on Decisions, and everything it has to tell goes to its Desk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias
+
+from batchrun.errors import BatchrunError
+from batchrun.sending.feed import Feed
+from batchrun.types import Attempt, Decision, Request, Tries, Verdict
+
+# More waiting rows than this say that the endpoint is the problem: no new row is taken.
+MIN_WAITING = 1000
+
+
+WAITING_PER_PLACE = 4
+
+
+class Admission(Protocol):
+    """What the pool asks before it sends (``limits.Limits``). ``now`` is ``time.monotonic()``."""
+
+    @property
+    def window(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    def admit(self, request: Request, now: float) -> float: ...
+    def done(self, request: Request, attempt: Attempt, decision: Decision, now: float) -> None: ...
+    def withdrawn(self, request: Request, now: float) -> None: ...
+
+
+class Desk(Protocol):
+    """Where the pool reports. A BatchrunError raised here ends the run at once."""
+
+    def sending(self, request: Request) -> None:
+        """A first byte is about to leave. Returns when that is written."""
+
+    def failed(self, request: Request, decision: Decision, *, again: bool) -> None:
+        """An attempt ended and its row is not settled: it is tried ``again``, or stays pending."""
+
+    def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
+        """The row has its outcome."""
+
+    def resent(self, times: int) -> None:
+        """An attempt had gone out before, on connections that were dead already."""
+
+    def abandoned(self, request: Request) -> None:
+        """An attempt was cut off in flight: whether it was billed is in doubt."""
+
+    def idle(self) -> None:
+        """A worker has nothing to send: what was reported so far should be written."""
+
+
+Send: TypeAlias = Callable[[Request], Awaitable[Attempt]]
+
+
+Judge: TypeAlias = Callable[[Attempt, Request], Decision]
+
+
+FIRST = Tries(attempts=1, in_doubt=0)
+
+
+class Persistence(Protocol):
+    """Remembers the failures of unsettled rows (``retry.Persistence``)."""
+
+    def after(self, request: Request, decision: Decision) -> Verdict:
+        """How a row goes on after a failed attempt; forgets it when it ends."""
+
+    def resent(self, request: Request, times: int) -> None:
+        """Count attempts that went again at once, outside every budget."""
+
+    def settle(self, request: Request) -> Tries | None:
+        """All attempts of a row that now has its answer; None when this was the first."""
+
+
+class Pool:
+    """Runs the feed dry, or until ``stop``. One use; called on the loop's thread only."""
+
+    def __init__(
+        self,
+        *,
+        feed: Feed,
+        send: Send,
+        judge: Judge,
+        admission: Admission,
+        persistence: Persistence,
+        desk: Desk,
+        drain_s: float,
+        one_model: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._feed = feed
+        self._send = send
+        self._judge = judge
+        self._admission = admission
+        self._persistence = persistence
+        self._desk = desk
+        self._drain_s = drain_s
+        self._one_model = one_model
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._ready: deque[Request] = deque()
+        self._lines: dict[str, deque[Request]] = {}
+        self._line_due: dict[str, float] = {}
+        self._line_timers: dict[str, asyncio.TimerHandle] = {}
+        self._parked: dict[int, asyncio.TimerHandle] = {}
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._busy: dict[asyncio.Task[None], Request] = {}
+        self._workers = 0
+        self._group: asyncio.TaskGroup | None = None
+        self._finished = asyncio.Event()
+        self._cut_timer: asyncio.TimerHandle | None = None
+        self._bug: BaseException | None = None
+        self.cause: BatchrunError | None = None
+
+    async def run(self) -> BatchrunError | None:
+        """Send everything; what stopped the run early, or None when the feed ran dry."""
+        async with asyncio.TaskGroup() as self._group:
+            self.staff()
+            await self._finished.wait()
+            for sleeper in self._idle:
+                if not sleeper.done():
+                    sleeper.set_result(None)
+        if self._cut_timer is not None:
+            self._cut_timer.cancel()
+        if self._bug is not None:
+            raise self._bug
+        return self.cause
+
+    def stop(self, cause: BatchrunError, drain_s: float | None = None) -> None:
+        """Start nothing new, wake the sleepers, wait for what is in flight up to the drain time.
+
+        Of several causes the one whose exit code matters most is kept.
+        """
+        if self.cause is None or _rank(cause) < _rank(self.cause):
+            self.cause = cause
+        self._cut_after(self._drain_s if drain_s is None else drain_s)
+        self._feed.close()
+        for timer in (*self._parked.values(), *self._line_timers.values()):
+            timer.cancel()
+        self._parked.clear()
+        self._line_timers.clear()
+        self._lines.clear()
+        self._ready.clear()
+        self._check_finished()
+
+    def _cut_after(self, drain_s: float) -> None:
+        """Of several stops the earliest end of the drain counts."""
+        if self._cut_timer is not None:
+            if self._cut_timer.when() <= self._loop.time() + drain_s:
+                return
+            self._cut_timer.cancel()
+        self._cut_timer = self._loop.call_later(drain_s, self._cut)
+
+    @property
+    def stopping(self) -> bool:
+        return self.cause is not None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._busy)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that failed or were refused and wait for their turn."""
+        return len(self._parked) + len(self._ready) + sum(map(len, self._lines.values()))
+
+    def staff(self) -> None:
+        """Wake or hire a worker where the window and the work allow; it does so for the next.
+
+        Called whenever either may have grown: the feed has more, a wait is over, the window opened.
+        Not all at once: a pace lets one request go at a time, and a whole window that wakes for
+        each of them does nothing else.
+        """
+        if self.cause is not None:
+            return
+        if self._feed.error is not None:
+            self._reader_failed(self._feed.error)
+            return
+        if self._admission.in_flight < self._admission.window and self._has_work():
+            self._wake_one()
+        self._check_finished()
+
+    def _wake_one(self) -> None:
+        while self._idle:
+            sleeper = self._idle.popleft()
+            if not sleeper.done():
+                sleeper.set_result(None)
+                return
+        if self._workers < self._admission.window and self._group is not None:
+            self._workers += 1
+            self._group.create_task(self._work())
+
+    def _reader_failed(self, error: BaseException) -> None:
+        self._feed.error = None
+        if isinstance(error, BatchrunError):
+            self.stop(error)
+        else:
+            self._bug = error
+            self.stop(BatchrunError("the input could not be read on"), drain_s=0.0)
+
+    def _has_work(self) -> bool:
+        """Whether somebody who asks now may find something."""
+        if self._ready or (self._feed.rows and self._wants_new()):
+            return True
+        if not self._lines:
+            return False
+        now = self._clock()
+        return any(due <= now for due in self._line_due.values())
+
+    async def _work(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            while True:
+                request = self._take()
+                if request is None:
+                    if not await self._rest():
+                        return
+                    continue
+                self._busy[task] = request
+                # Only now: a request in no line and with no worker yet would not be seen.
+                if self._admission.in_flight < self._admission.window:
+                    self.staff()
+                try:
+                    self._desk.sending(request)
+                    attempt = await self._send(request)
+                    self._conclude(request, attempt)
+                except asyncio.CancelledError:
+                    self._admission.withdrawn(request, self._clock())
+                    self._desk.abandoned(request)
+                    if self.cause is None:
+                        raise
+                    return
+                except BatchrunError as exc:
+                    self.stop(exc, drain_s=0.0)
+                finally:
+                    del self._busy[task]
+        finally:
+            self._workers -= 1
+            self._check_finished()
+
+    def _conclude(self, request: Request, attempt: Attempt) -> None:
+        decision = self._judge(attempt, request)
+        if attempt.resent:
+            self._persistence.resent(request, attempt.resent)
+            self._desk.resent(attempt.resent)
+        window = self._admission.window
+        self._admission.done(request, attempt, decision, attempt.ended_s)
+        if decision.kind == "ok":
+            tries = self._persistence.settle(request) or FIRST
+            self._desk.settled(request, attempt, decision, tries)
+        else:
+            self._go_on(request, attempt, decision)
+        if self._admission.window > window:
+            self.staff()
+
+    def _go_on(self, request: Request, attempt: Attempt, decision: Decision) -> None:
+        stays_pending = self.cause is not None and decision.kind != "rejected"
+        if decision.kind == "fatal" or stays_pending:
+            self._desk.failed(request, decision, again=False)
+            return
+        verdict = self._persistence.after(request, decision)
+        if verdict.wait_s is None:
+            self._desk.settled(request, attempt, decision, verdict.tries)
+            return
+        self._desk.failed(request, decision, again=True)
+        self._parked[request.row] = self._loop.call_later(
+            verdict.wait_s, self._guarded, self._unpark, request
+        )
+
+    def _unpark(self, request: Request) -> None:
+        del self._parked[request.row]
+        self._ready.append(request)
+        self.staff()
+
+    def _take(self) -> Request | None:
+        """The next request that may leave now; None when there is none."""
+        admission = self._admission
+        if self.cause is not None or admission.in_flight >= admission.window:
+            return None
+        now = self._clock()
+        if self._lines:
+            request = self._from_lines(now)
+            if request is not None:
+                return request
+        while True:
+            if self._ready:
+                request = self._ready.popleft()
+            elif self._wants_new():
+                request = self._feed.pop()
+                if request is None:
+                    return None
+            else:
+                return None
+            model = request.model
+            if model in self._lines:
+                self._lines[model].append(request)
+                continue
+            wait_s = admission.admit(request, now)
+            if wait_s <= 0.0:
+                return request
+            self._line_up(request, wait_s, now)
+
+    def _wants_new(self) -> bool:
+        # With one model, a new request would only join the line.
+        if self._lines and self._one_model:
+            return False
+        if not (self._lines or self._parked):
+            return True
+        return self.waiting < max(MIN_WAITING, WAITING_PER_PLACE * self._admission.window)
+
+    def _from_lines(self, now: float) -> Request | None:
+        for model, line in self._lines.items():
+            if self._line_due[model] > now:
+                continue
+            wait_s = self._admission.admit(line[0], now)
+            if wait_s > 0.0:
+                self._set_due(model, wait_s, now)
+                continue
+            request = line.popleft()
+            if not line:
+                del self._lines[model], self._line_due[model]
+                self._line_timers.pop(model).cancel()
+            return request
+        return None
+
+    def _line_up(self, request: Request, wait_s: float, now: float) -> None:
+        model = request.model
+        self._lines[model] = deque((request,))
+        self._set_due(model, wait_s, now)
+
+    def _set_due(self, model: str, wait_s: float, now: float) -> None:
+        if (timer := self._line_timers.get(model)) is not None:
+            timer.cancel()
+        self._line_due[model] = now + wait_s
+        self._line_timers[model] = self._loop.call_later(wait_s, self._guarded, self.staff)
+
+    async def _rest(self) -> bool:
+        """Sleep until there may be work; False when there will be none."""
+        try:
+            self._desk.idle()
+        except BatchrunError as exc:
+            self.stop(exc, drain_s=0.0)
+        self._check_finished()
+        if self._finished.is_set() or self.cause is not None:
+            return False
+        sleeper = self._loop.create_future()
+        self._idle.append(sleeper)
+        await sleeper
+        return not self._finished.is_set() and self.cause is None
+
+    def _check_finished(self) -> None:
+        if self._busy or self._finished.is_set():
+            return
+        if self.cause is None:
+            work_left = not self._feed.exhausted or self._feed.error is not None
+            if work_left or self._parked or self._ready or self._lines:
+                return
+        self._finished.set()
+
+    def _guarded(self, act: Callable[..., None], *args: Request) -> None:
+        """Run a timer's callback: the loop would log a bug in it, and the run wait for ever."""
+        try:
+            act(*args)
+        except Exception as exc:  # raised again by ``run``
+            self._bug = exc
+            self.stop(BatchrunError("a bug"), drain_s=0.0)
+
+    def _cut(self) -> None:
+        for task in list(self._busy):
+            task.cancel()
+
+
+# Contract §6: when several exit codes apply.
+_PRECEDENCE = (1, 74, 4, 129, 130, 143, 75)
+
+
+def _rank(cause: BatchrunError) -> int:
+    code = cause.exit_code
+    return _PRECEDENCE.index(code) if code in _PRECEDENCE else len(_PRECEDENCE)
