@@ -63,7 +63,7 @@ NOT_LIBRARIES = sys.stdlib_module_names | {"batchrun"}
 
 TOP_LEVEL = {
     *("batchrun", "tests", "sample_inputs", "pyproject.toml", "README.md"),
-    *("CHANGELOG.md", "LICENSE", "Makefile"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile"),
     *(".ci", ".git", ".gitignore", ".pre-commit-config.yaml"),
 }
 HEAVY = {"aiohttp", "pyarrow", "tenacity", "tqdm"}
