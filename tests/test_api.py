@@ -162,3 +162,15 @@ def test_an_error_of_the_callers_own_iterable_or_block_arrives_as_it_is() -> Non
 
     with pytest.raises(KeyError, match="mine"):
         asyncio.run(leave())
+
+
+def test_an_input_mistake_is_said_before_a_missing_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BATCHRUN_API_KEY", raising=False)
+    (tmp_path / "csv.jsonl").write_text("id,text\n1,x\n")
+    (tmp_path / "fine.jsonl").write_text('{"prompt": "x"}\n')
+    said = {"gone": "no such file", "csv": "CSV", "fine": "no key for"}
+    for name, words in said.items():
+        with pytest.raises(batchrun.UsageError, match=words):
+            batchrun.submit(tmp_path / f"{name}.jsonl")

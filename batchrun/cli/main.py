@@ -120,10 +120,9 @@ def _settled(options: Options, given: Given) -> RunConfig:
     try:
         return build_config(options, given)
     except NoKey:
-        if STDIN not in options.inputs:
-            from batchrun.runs import look
+        from batchrun.runs import look
 
-            look(build_config(options, given, sends=False))
+        look(build_config(options, given, sends=False))
         raise
 
 
@@ -586,5 +585,9 @@ def _say(text: str) -> None:
             click.echo(terminal.lines(text), err=True)
 
     speaking = threading.Thread(target=echo, daemon=True)
-    speaking.start()
-    speaking.join(FAREWELL_S)
+    try:
+        speaking.start()
+    except RuntimeError:  # no memory for a thread; what is said may be just that
+        echo()
+    else:
+        speaking.join(FAREWELL_S)

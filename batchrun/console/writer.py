@@ -80,14 +80,20 @@ class Writer:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join(FAREWELL_S)
+        else:
+            self._work()
 
     def _start(self) -> None:
         if self._closing:
             return
         if self._thread is None:
             # A daemon, so that a terminal that never drains cannot keep the process alive.
-            self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="progress", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no memory for one: what is asked is written at the close
+                return
+            self._thread = thread
         self._wake.notify()
 
     def _work(self) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from batchrun import chat, sending
@@ -22,10 +22,11 @@ from batchrun.config import (
     default_output,
     output_format,
 )
-from batchrun.errors import BatchrunError, UsageError
+from batchrun.errors import BatchrunError, NoKey, UsageError
 from batchrun.process import room_for_sockets
 from batchrun.providers import resolve
 from batchrun.runs.opening import chat_endpoint, prompt_settings
+from batchrun.runs.status import look
 from batchrun.sending import (
     Feed,
     Pool,
@@ -59,7 +60,10 @@ def make_config(
     output: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> RunConfig:
-    """What ``run`` takes, from the words of ``submit``; UsageError for one that does not exist."""
+    """What ``run`` takes, from the words of ``submit``; UsageError for one that does not exist.
+
+    A mistake in the input is said before a missing key.
+    """
     where = {name: options.pop(name, None) for name in _ENDPOINT_WORDS}
     allow_http = bool(options.pop("allow_http", False))
     known = {field.name for field in fields(RunConfig)} - {"inputs", "output", "endpoint"}
@@ -70,23 +74,22 @@ def make_config(
     mock = bool(options.get("mock"))
     inputs = (os.fspath(input),) if isinstance(input, str | os.PathLike) else (STDIN,)
     name = default_output(inputs, mock=mock) if output is None else os.fspath(output)
-    endpoint = None
-    if not mock:
+    options.setdefault("model_replaces", options.get("model") is not None)
+    options.setdefault("params_replacing", frozenset(options.get("params", ())))
+    config = RunConfig(inputs=inputs, output=name, output_format=output_format(name), **options)
+    if mock:
+        return config
+    try:
         endpoint = resolve(
             **where,
             allow_http=allow_http,
             environ=os.environ,
-            explicit_headers=frozenset(n.lower() for n, _ in options.get("headers", ())),
+            explicit_headers=frozenset(n.lower() for n, _ in config.headers),
         )
-    options.setdefault("model_replaces", options.get("model") is not None)
-    options.setdefault("params_replacing", frozenset(options.get("params", ())))
-    return RunConfig(
-        inputs=inputs,
-        output=name,
-        output_format=output_format(name),
-        endpoint=endpoint,
-        **options,
-    )
+    except NoKey:
+        look(config)
+        raise
+    return replace(config, endpoint=endpoint)
 
 
 @asynccontextmanager

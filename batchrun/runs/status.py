@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batchrun import inputs, outputs, process
-from batchrun.config import STDOUT, OutputFormat, RunConfig
+from batchrun.config import STDIN, STDOUT, OutputFormat, RunConfig
 from batchrun.console import StatusFacts
 from batchrun.errors import UsageError
 from batchrun.journal import Held, Holder, Journal, holder, read_saved, read_status
@@ -22,7 +22,12 @@ from batchrun.summary import RowCounts
 
 
 def look(config: RunConfig) -> None:
-    """Find the inputs and what their rows are; UsageError or LocalIOError when that cannot be."""
+    """Find the inputs and what their rows are; UsageError or LocalIOError when that cannot be.
+
+    What comes on stdin is not looked at: it can be read only once.
+    """
+    if STDIN in config.inputs:
+        return
     files = inputs.resolve(config.inputs, config.input_format)
     plan.lay_out(files.files, prompt_settings(config), config)
 

@@ -608,6 +608,29 @@ def test_a_stderr_that_takes_nothing_changes_no_exit_code() -> None:
     assert ended.returncode == 2
 
 
+def test_where_no_thread_can_be_started_all_is_said(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    script = """
+import sys, threading
+from batchrun.cli import main
+def none_left(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = none_left
+main(["submit", "in.jsonl", "--mock"])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=False,
+    )
+    assert ended.returncode == 74
+    assert "batchrun: not enough memory" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_an_input_mistake_is_said_before_a_missing_key(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("id,text\n1,x\n")
     (tmp_path / "b.jsonl").write_text('{"q": "x"}\n')
