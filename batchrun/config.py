@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from batchrun.errors import UsageError
-from batchrun.providers import Endpoint
+from batchrun.providers import CHAT_PATH, Endpoint
 from batchrun.secret import Secret
 from batchrun.types import Shape
 
@@ -40,9 +40,6 @@ STDIN = "-"
 
 
 STDOUT = "-"
-
-
-API_PATH = "/chat/completions"
 
 
 STATE_SUFFIX = ".batchrun"
@@ -186,7 +183,7 @@ class RunConfig:
             "shape": shapes,
             "prompt_column": prompt_column,
             "body_columns": list(self.body_columns),
-            "path": API_PATH,
+            "path": self.endpoint.path if self.endpoint else CHAT_PATH,
             "synthetic": self.mock,
         }
 

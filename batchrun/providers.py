@@ -21,6 +21,9 @@ DEFAULT_MODEL = "Mistral-chat"
 DEFAULT_KEY_ENV = "BATCHRUN_API_KEY"
 
 
+CHAT_PATH = "/chat/completions"
+
+
 @dataclass(frozen=True, slots=True)
 class Provider:
     """One preset. ``key_env`` goes to ``hosts`` only; a leading dot means any subdomain."""
@@ -81,20 +84,22 @@ PROVIDERS: Mapping[str, Provider] = {
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where this run sends, with which key. ``url`` is the full …/chat/completions."""
+    """Where this run sends, with which key."""
 
-    url: str
+    url: str  # the full one, which ends in ``path``
     host: str  # host, with the port when the URL names one; as the user wrote it
     base_url: str  # for people: what --base-url amounts to
     key: Secret | None
     key_name: str | None  # "$MISTRAL_API_KEY" or "key file key.txt"
     default_model: str | None
     provider: str | None
+    path: str = CHAT_PATH  # of the API, below the base URL
 
     @property
     def models_url(self) -> str:
+        """Where the endpoint lists its models: beside the API, with the same query."""
         parts = urlsplit(self.url)
-        path = parts.path.removesuffix("/chat/completions") + "/models"
+        path = parts.path.removesuffix(self.path) + "/models"
         return urlunsplit(parts._replace(path=path))
 
 
@@ -107,8 +112,9 @@ def resolve(
     allow_http: bool,
     environ: Mapping[str, str],
     explicit_headers: frozenset[str] = frozenset(),
+    path: str = CHAT_PATH,
 ) -> Endpoint:
-    """Settle URL and key, or say in a UsageError what to choose (contract §3).
+    """Settle URL and key; UsageError or NoKey, which say what to choose instead.
 
     A provider's key variable goes to that provider's hosts and nowhere else, unless ``api_key_env``
     names it. ``explicit_headers`` are the lower-case names given with -H: an Authorization among
@@ -116,7 +122,7 @@ def resolve(
     """
     preset = _preset(provider)
     base = base_url or _preset_base(preset, environ) or DEFAULT_BASE_URL
-    url = chat_url(base)
+    url = full_url(base, path)
     base = hidden_in_url(base)
     parts = urlsplit(url)
     hostname = (parts.hostname or "").lower()
@@ -140,11 +146,12 @@ def resolve(
         model: str | None = DEFAULT_MODEL
     else:
         model = preset.model if preset else None
-    return Endpoint(url, _netloc(url), base, key, key_name, model, preset.name if preset else None)
+    name = preset.name if preset else None
+    return Endpoint(url, _netloc(url), base, key, key_name, model, name, path)
 
 
-def chat_url(base_url: str) -> str:
-    """The full URL for a bare host, a base with a path, or a full URL; a query stays last."""
+def full_url(base_url: str, api_path: str) -> str:
+    """The URL of an API for a bare host, a base with a path, or a full URL; a query stays last."""
     text = base_url.strip()
     if "://" not in text:
         raise UsageError(
@@ -158,8 +165,8 @@ def chat_url(base_url: str) -> str:
             next_steps=("--api-key-env NAME",),
         )
     path = parts.path.rstrip("/")
-    if not path.endswith("/chat/completions"):
-        path = (path or "/v1") + "/chat/completions"
+    if not path.endswith(api_path):
+        path = (path or "/v1") + api_path
     return urlunsplit((parts.scheme, _sent_netloc(parts), _quoted(path), _quoted(parts.query), ""))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from batchrun.errors import UsageError
-from batchrun.providers import PROVIDERS, Endpoint, chat_url, provider_of, resolve
+from batchrun.providers import CHAT_PATH, PROVIDERS, Endpoint, full_url, provider_of, resolve
 from batchrun.secret import Secret
 
 KEY = "sk-canary-0123456789"
@@ -51,7 +51,7 @@ def resolved(environ: Mapping[str, str] | None = None, **given: Any) -> Endpoint
     ],
 )
 def test_every_way_of_writing_the_base_url(given: str, url: str) -> None:
-    assert chat_url(given) == url
+    assert full_url(given, CHAT_PATH) == url
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_every_way_of_writing_the_base_url(given: str, url: str) -> None:
 )
 def test_a_base_url_that_cannot_work_is_said_without_its_password(given: str) -> None:
     with pytest.raises(UsageError) as caught:
-        chat_url(given)
+        full_url(given, CHAT_PATH)
     assert "pw" not in str(caught.value)
 
 
@@ -73,7 +73,7 @@ def test_a_base_url_that_cannot_work_is_said_without_its_password(given: str) ->
 )
 def test_a_missing_scheme_is_advised(host: str, scheme: str) -> None:
     with pytest.raises(UsageError) as caught:
-        chat_url(host)
+        full_url(host, CHAT_PATH)
     assert caught.value.next_steps == (f"--base-url {scheme}://{host}",)
 
 

@@ -1,5 +1,6 @@
 """One request, one reply: rows to bodies, bodies to answers. No I/O."""
 
+from batchrun.chat.api import CHAT, Api
 from batchrun.chat.build import Builder, custom_id, without_surrogates
 from batchrun.chat.identity import (
     HASH_VERSION,
@@ -11,23 +12,19 @@ from batchrun.chat.identity import (
 )
 from batchrun.chat.reply import (
     ANSWER_COLUMNS,
-    NOTHING,
-    answer,
     body_json,
     body_text,
-    columns,
-    parse,
-    rebuild,
     request_id,
 )
-from batchrun.chat.shape import CUSTOM_ID, Built, Identity, Invalid, Layout, PromptSettings, detect
+from batchrun.chat.shape import CUSTOM_ID, Built, Identity, Invalid, Layout, PromptSettings
 from batchrun.chat.stream import Assembler
 
 __all__ = [
     "ANSWER_COLUMNS",
+    "CHAT",
     "CUSTOM_ID",
     "HASH_VERSION",
-    "NOTHING",
+    "Api",
     "Assembler",
     "Builder",
     "Built",
@@ -35,19 +32,14 @@ __all__ = [
     "Invalid",
     "Layout",
     "PromptSettings",
-    "answer",
     "body_json",
     "body_text",
-    "columns",
     "custom_id",
-    "detect",
     "encode",
     "format_hash",
     "format_hashes",
     "json_text",
-    "parse",
     "parse_hash",
-    "rebuild",
     "request_id",
     "without_surrogates",
 ]

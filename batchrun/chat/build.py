@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from batchrun.chat.identity import HASHED_PATH, canonical, encode_text, json_text, request_hash
+from batchrun.chat.identity import canonical, encode_text, hash_begun, json_text, request_hash
 from batchrun.chat.shape import (
     CUSTOM_ID,
     NOT_SENT_AS_BODY,
@@ -26,7 +26,8 @@ from batchrun.chat.shape import (
     Row,
     Unusable,
 )
-from batchrun.config import API_PATH, JSONValue
+from batchrun.config import JSONValue
+from batchrun.providers import CHAT_PATH
 from batchrun.types import Shape
 
 # A table that holds nulls turns its integers into doubles (pandas), and endpoints refuse 256.0.
@@ -214,7 +215,7 @@ class _Around(NamedTuple):
             return None
         if len(parts) != 2:
             return None
-        before = HASHED_PATH.copy()
+        before = hash_begun(CHAT_PATH).copy()
         before.update(parts[0])
         return cls(before, parts[1], model)
 
@@ -247,8 +248,8 @@ def _check_target(row: Row) -> None:
     url = row.get("url")
     if url is None:
         return
-    if not isinstance(url, str) or not _path(url).endswith(API_PATH):
-        raise Unusable("other_api", f'"url" is {_shown(url)}; only "/v1{API_PATH}" can be sent')
+    if not isinstance(url, str) or not _path(url).endswith(CHAT_PATH):
+        raise Unusable("other_api", f'"url" is {_shown(url)}; only "/v1{CHAT_PATH}" can be sent')
 
 
 def _path(url: str) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from hashlib import blake2b
 from typing import Final
 
 import msgspec
 
 from batchrun.chat.shape import Body, Unusable
-from batchrun.config import API_PATH, JSONValue
+from batchrun.config import JSONValue
+from batchrun.providers import CHAT_PATH
 
 HASH_VERSION: Final = 1
 
@@ -26,9 +28,6 @@ encode_text: Final[Callable[[str], bytes]] = _ENCODER.encode
 _CANONICAL: Final = msgspec.json.Encoder(order="sorted", decimal_format="number")
 
 
-HASHED_PATH: Final = blake2b(API_PATH.encode() + b"\n", digest_size=16)
-
-
 def encode(body: Body) -> bytes:
     """Compact UTF-8 JSON, members in the order they have.
 
@@ -38,19 +37,26 @@ def encode(body: Body) -> bytes:
     return _encoded(body, _ENCODER)
 
 
-def request_hash(body: Body) -> bytes:
+@cache
+def hash_begun(path: str) -> blake2b:
+    """What the hash of a request to ``path`` is before its body; to be copied, never updated."""
+    return blake2b(path.encode() + b"\n", digest_size=16)
+
+
+def request_hash(body: Body, path: str = CHAT_PATH) -> bytes:
     """The 16 bytes that say which request this is; equal for equal questions, for ever.
 
     BLAKE2b-128 over path and canonical body: keys sorted at every depth, compact, UTF-8, without
     ``stream`` and ``stream_options``, which change how an answer travels and not what it says.
     ValueError as for `encode`.
     """
-    digest = HASHED_PATH.copy()
+    digest = hash_begun(path).copy()
     digest.update(canonical(body))
     return digest.digest()
 
 
 def canonical(body: Body) -> bytes:
+    """The bytes of a body that ``request_hash`` hashes: those of equal questions are equal."""
     if "stream" in body or "stream_options" in body:
         # They must be fit to be sent all the same.
         _encoded([body.get("stream", 0), body.get("stream_options", 0)], _ENCODER)

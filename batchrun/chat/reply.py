@@ -180,27 +180,20 @@ def body_json(body: bytes) -> bytes | None:
         return mended(body)
 
 
-def rebuild(
-    response: str | None,
-    finish_reason: str | None,
-    response_model: str | None,
-    usage: Usage,
-    reasoning: str | None,
-    tool_calls: str | None,
-) -> bytes:
+def rebuild(said: Answer) -> bytes:
     """Put a completion together from answer columns, so that ``answer`` gives them back."""
-    message: dict[str, object] = {"role": "assistant", "content": response}
-    if reasoning is not None:
-        message["reasoning_content"] = reasoning
-    if tool_calls is not None and is_json(tool_calls):
-        message["tool_calls"] = Raw(tool_calls.encode())
-    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    message: dict[str, object] = {"role": "assistant", "content": said.response}
+    if said.reasoning is not None:
+        message["reasoning_content"] = said.reasoning
+    if said.tool_calls is not None and is_json(said.tool_calls):
+        message["tool_calls"] = Raw(said.tool_calls.encode())
+    choice = {"index": 0, "message": message, "finish_reason": said.finish_reason}
     return msgspec.json.encode(
         {
             "object": "chat.completion",
-            "model": response_model,
+            "model": said.response_model,
             "choices": [choice],
-            "usage": _usage_json(usage),
+            "usage": _usage_json(said.usage),
         }
     )
 

@@ -20,8 +20,8 @@ import msgspec
 from multidict import CIMultiDict
 from yarl import URL
 
-from batchrun import chat, secret
-from batchrun.chat import Assembler
+from batchrun import secret
+from batchrun.chat import CHAT, Api
 from batchrun.config import VERSION
 from batchrun.endpoint.body import Silent, follow, whole
 from batchrun.endpoint.connections import TRIP, Connector, Trip
@@ -60,8 +60,10 @@ class ChatEndpoint:
         timeout_s: float,
         connect_timeout_s: float,
         proxied: bool = True,
+        api: Api = CHAT,
     ) -> None:
         self._endpoint = endpoint
+        self._api = api
         self._url = URL(endpoint.url, encoded=True)
         self._headers = _headers(endpoint.key, headers)
         self._space = Space()
@@ -180,7 +182,7 @@ class ChatEndpoint:
             stopped = EndpointRefused if failure in ("tls", "no_host") else StoppedEarly
             raise stopped(f"cannot ask {host} for its models: {self.scrub(detail)}") from exc
         if response.status != 200:
-            error = chat.parse(self._scrubber.scrub_bytes(body)).error
+            error = self._api.parse(self._scrubber.scrub_bytes(body)).error
             said = f": {error.message}" if error and error.message else ""
             raise EndpointRefused(f"{host} does not list its models (HTTP {response.status}){said}")
         try:
@@ -205,20 +207,20 @@ class ChatEndpoint:
         ttft_s: float | None = None
         failure: Failure | None = None
         if response.content_type == "text/event-stream":
-            stream = Assembler(limit_bytes=MAX_BODY_BYTES)
+            stream = self._api.assembler(limit_bytes=MAX_BODY_BYTES)
             ttft_s = await follow(response, stream, self._space, self._deadlines, started_s)
             body, failure = stream.body(), stream.problem
         else:
             body = await whole(response, self._space)
         if failure is None and not body.isascii() and not _is_utf8(body):
             failure = "not_utf8"
-        reply = _parsed(body)
+        reply = self._parsed(body)
         if response.status != 200 or failure or reply is None or reply.error or not reply.choices:
             # Some endpoints quote the key they refuse; it must not reach journal or report. An
             # answer stays as it came.
             scrubbed = self._scrubber.scrub_bytes(body)
             if scrubbed != body:
-                body, reply = scrubbed, _parsed(scrubbed)
+                body, reply = scrubbed, self._parsed(scrubbed)
         return Attempt(
             status=response.status,
             headers=self._scrubbed(response),
@@ -231,6 +233,10 @@ class ChatEndpoint:
             detail="the stream ended without a finish_reason" if failure == "cut" else "",
             ttft_s=ttft_s,
         )
+
+    def _parsed(self, body: bytes) -> Reply | None:
+        """What a body says; None when there is nothing to read."""
+        return self._api.parse(body) if body and not body.isspace() else None
 
     def _failed(
         self,
@@ -290,11 +296,6 @@ def _is_utf8(body: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _parsed(body: bytes) -> Reply | None:
-    """What a body says; None when there is nothing to read."""
-    return chat.parse(body) if body and not body.isspace() else None
 
 
 class _Model(msgspec.Struct):

@@ -9,13 +9,15 @@ from typing import cast
 import msgspec
 import pyarrow as pa
 from msgspec import Raw, Struct
+from msgspec.structs import replace
 
 from batchrun import chat
+from batchrun.chat import Api
 from batchrun.outputs.footer import Footer, footer_json
 from batchrun.outputs.rows import Row, Rows, clean_row
 from batchrun.outputs.tally import INVALID_INPUT
 from batchrun.outputs.target import Sink
-from batchrun.types import NO_USAGE, Answer, Outcome, Usage
+from batchrun.types import NO_USAGE, Outcome, Usage
 
 
 class _JsonResponse(Struct):
@@ -57,8 +59,9 @@ class _JsonLine(Struct):
 class JsonlWriter:
     """OpenAI batch output lines. The last one waits: the footer becomes its ``batchrun.run``."""
 
-    def __init__(self, sink: Sink, response_body: bool) -> None:
+    def __init__(self, sink: Sink, response_body: bool, api: Api) -> None:
         self._sink = sink
+        self._rebuild = api.rebuild
         self._response_body = response_body
         self._encode = msgspec.json.Encoder(enc_hook=str).encode
         self._written = 0
@@ -123,23 +126,12 @@ class JsonlWriter:
 
     def _body(self, row: Row, outcome: Outcome, rebuilt: bool) -> Raw | str | None:
         if rebuilt:
-            return Raw(_rebuilt(row.answer, outcome.usage))
+            return Raw(self._rebuild(replace(row.answer, usage=outcome.usage)))
         if not outcome.body or not self._response_body:
             return None
         spliced = chat.body_json(outcome.body)
         # A body that is no object or array, an HTML page for instance, is the text of it.
         return chat.body_text(outcome.body) if spliced is None else Raw(spliced)
-
-
-def _rebuilt(answer: Answer, usage: Usage) -> bytes:
-    return chat.rebuild(
-        answer.response,
-        answer.finish_reason,
-        answer.response_model,
-        usage,
-        answer.reasoning,
-        answer.tool_calls,
-    )
 
 
 def _instant(unix_ms: int) -> datetime | None:

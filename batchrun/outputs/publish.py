@@ -9,6 +9,7 @@ from typing import BinaryIO, Protocol
 import msgspec
 import pyarrow as pa
 
+from batchrun.chat import CHAT, Api
 from batchrun.config import OutputFormat
 from batchrun.outputs.footer import Footer, FooterRows
 from batchrun.outputs.jsonl import JsonlWriter
@@ -35,6 +36,7 @@ def publish(
     tally: OutputTally,
     *,
     response_body: bool,
+    api: Api = CHAT,
 ) -> Footer:
     """Write every slice, in order, and return the footer with the counts filled in.
 
@@ -48,9 +50,9 @@ def publish(
         target = Target.at(target)
     if not isinstance(target, Target):
         sink = Sink(target, "standard output")
-        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body)
+        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body, api)
     with replacing(target) as sink:
-        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body)
+        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body, api)
 
 
 def _write(
@@ -61,16 +63,17 @@ def _write(
     footer: Footer,
     tally: OutputTally,
     response_body: bool,
+    api: Api,
 ) -> Footer:
     writer: _Writer
     if fmt == "parquet":
         writer = ParquetWriter(sink, carried_schema, response_body)
     else:
-        writer = JsonlWriter(sink, response_body)
+        writer = JsonlWriter(sink, response_body, api)
     try:
         for whole in slices:
             for piece in pieces(whole):
-                rows, carried = told(piece, tally)
+                rows, carried = told(piece, tally, api)
                 if rows.outcomes:
                     writer.write(rows, carried)
         footer = _filled_in(footer, tally)

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from msgspec import Raw, Struct
 
 from batchrun import chat
+from batchrun.chat import CHAT, Api
 from batchrun.errors import LocalIOError
 from batchrun.files import open_regular
 from batchrun.outputs.footer import FOOTER_KEY, Footer, footer
 from batchrun.outputs.jsonl import JsonError, JsonMember
 from batchrun.outputs.rows import GROUP_ROWS, PIECE_ROWS, InvalidRow, Slice
 from batchrun.outputs.target import reading
-from batchrun.types import Outcome, OutcomeKind, Usage
+from batchrun.types import Answer, Outcome, OutcomeKind, Usage
 
 _PASSING: Final[frozenset[str]] = frozenset(
     {"rate_limit", "transient", "timeout", "invalid_response"}
@@ -62,7 +63,7 @@ def remove_partial(output: Path, run_id: str) -> Path | None:
     return None
 
 
-def read_back(path: Path) -> Iterator[Outcome]:
+def read_back(path: Path, api: Api = CHAT) -> Iterator[Outcome]:
     """Yield what a published file holds, in order, as a journal would hold it.
 
     Left out are rows of invalid input and rows whose ``request_hash`` has another version.
@@ -72,7 +73,7 @@ def read_back(path: Path) -> Iterator[Outcome]:
     with reading(path):
         with path.open("rb") as file:
             is_parquet = file.read(4) == b"PAR1"
-        yield from _read_parquet(path) if is_parquet else _read_jsonl(path)
+        yield from _read_parquet(path, api) if is_parquet else _read_jsonl(path, api)
 
 
 ASIDE_SCHEMA: Final[pa.Schema] = pa.schema([("unused_since", pa.timestamp("ms", tz="UTC"))])
@@ -111,7 +112,9 @@ def read_marks(path: Path) -> Iterator[list[Mark]]:
             ]
 
 
-def read_wanted(path: Path, is_wanted: Callable[[bytes], bool]) -> Iterator[list[Outcome]]:
+def read_wanted(
+    path: Path, is_wanted: Callable[[bytes], bool], api: Api = CHAT
+) -> Iterator[list[Outcome]]:
     """What ``read_back`` gives of a Parquet file, only of wanted hashes; a row group at a time."""
     with reading(path), _parquet(path) as file:
         for group in range(file.num_row_groups):
@@ -120,7 +123,7 @@ def read_wanted(path: Path, is_wanted: Callable[[bytes], bool]) -> Iterator[list
             digests = map(chat.parse_hash, filter(None, texts))
             wanted = {digest for digest in digests if digest is not None and is_wanted(digest)}
             if wanted:
-                found = _outcomes_of(file, [group])
+                found = _outcomes_of(file, [group], api)
                 yield [outcome for outcome in found if outcome.hash in wanted]
 
 
@@ -133,17 +136,17 @@ class PublishedRow(NamedTuple):
     carried: dict[str, Any]
 
 
-def slices_of(path: Path) -> tuple[pa.Schema, Iterator[Slice]]:
+def slices_of(path: Path, api: Api = CHAT) -> tuple[pa.Schema, Iterator[Slice]]:
     """A published Parquet file as what ``publish`` takes, to write it in another format."""
     with reading(path), path.open("rb") as raw:
         schema = pq.read_schema(raw)
     own = set(chat.ANSWER_COLUMNS)
     fields = [field for field in schema if field.name not in own]
     carried = pa.schema(fields, metadata=schema.metadata)
-    return carried, table_slices(path, carried)
+    return carried, table_slices(path, carried, api)
 
 
-def published_rows(path: Path) -> Iterator[PublishedRow]:
+def published_rows(path: Path, api: Api = CHAT) -> Iterator[PublishedRow]:
     """The rows of a published JSONL file, in order."""
     decode = msgspec.json.Decoder(_BackLine).decode
     with reading(path), path.open("rb") as file:
@@ -151,7 +154,7 @@ def published_rows(path: Path) -> Iterator[PublishedRow]:
             line = decode(text)
             message = line.error.message if line.error else None
             code = line.error.code if line.error else None
-            outcome = _outcome_of_line(line) or _invalid(code, message)
+            outcome = _outcome_of_line(line, api) or _invalid(code, message)
             carried = line.batchrun.input or {}
             source = source_of(outcome, message, f"{path}:{number}")
             yield PublishedRow(line.custom_id, source, outcome, carried)
@@ -209,12 +212,12 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _read_parquet(path: Path) -> Iterator[Outcome]:
+def _read_parquet(path: Path, api: Api) -> Iterator[Outcome]:
     with _parquet(path) as file:
-        yield from _outcomes_of(file, None)
+        yield from _outcomes_of(file, None, api)
 
 
-def _outcomes_of(file: pq.ParquetFile, groups: list[int] | None) -> Iterator[Outcome]:
+def _outcomes_of(file: pq.ParquetFile, groups: list[int] | None, api: Api) -> Iterator[Outcome]:
     present = [name for name in _BACK_COLUMNS if name in file.schema_arrow.names]
     for batch in file.iter_batches(
         PIECE_ROWS, row_groups=groups, columns=present, use_threads=False
@@ -223,12 +226,12 @@ def _outcomes_of(file: pq.ParquetFile, groups: list[int] | None) -> Iterator[Out
         absent = [None] * batch.num_rows
         rows = zip(*[columns.get(name, absent) for name in _BACK_COLUMNS], strict=True)
         for row in rows:
-            outcome = _outcome_of(_Published(*row))
+            outcome = _outcome_of(_Published(*row), api)
             if outcome is not None:
                 yield outcome
 
 
-def table_slices(path: Path, carried: pa.Schema) -> Iterator[Slice]:
+def table_slices(path: Path, carried: pa.Schema, api: Api) -> Iterator[Slice]:
     done = 0
     with (
         reading(path),
@@ -251,7 +254,7 @@ def table_slices(path: Path, carried: pa.Schema) -> Iterator[Slice]:
                 done += 1
                 published = _Published(*row)
                 message = published.error_message
-                outcome = _outcome_of(published) or _invalid(published.error_code, message)
+                outcome = _outcome_of(published, api) or _invalid(published.error_code, message)
                 outcomes.append(outcome)
                 places.append(source_of(outcome, message, f"{path}:{done}"))
             custom_ids = batch.column("custom_id").to_pylist()
@@ -307,7 +310,7 @@ class _Published(NamedTuple):
     response_body: str | None
 
 
-def _outcome_of(row: _Published) -> Outcome | None:
+def _outcome_of(row: _Published, api: Api) -> Outcome | None:
     digest = chat.parse_hash(row.request_hash) if row.request_hash else None
     if digest is None:
         return None
@@ -321,7 +324,7 @@ def _outcome_of(row: _Published) -> Outcome | None:
     )
     rebuilt = kind == "ok" and row.response_body is None
     if rebuilt:
-        body = chat.rebuild(
+        answer = Answer(
             row.response,
             row.finish_reason,
             row.response_model,
@@ -329,6 +332,7 @@ def _outcome_of(row: _Published) -> Outcome | None:
             row.reasoning,
             row.tool_calls,
         )
+        body = api.rebuild(answer)
     else:
         body = (row.response_body or "").encode()
     return Outcome(
@@ -379,12 +383,12 @@ class _BackLine(Struct):
     error: JsonError | None = None
 
 
-def _read_jsonl(path: Path) -> Iterator[Outcome]:
+def _read_jsonl(path: Path, api: Api) -> Iterator[Outcome]:
     decode = msgspec.json.Decoder(_BackLine).decode
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                outcome = _outcome_of_line(decode(line))
+                outcome = _outcome_of_line(decode(line), api)
             except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
                 raise LocalIOError(
                     f"{path} line {number}: not a line batchrun wrote; its answers cannot be reused"
@@ -393,7 +397,7 @@ def _read_jsonl(path: Path) -> Iterator[Outcome]:
                 yield outcome
 
 
-def _outcome_of_line(line: _BackLine) -> Outcome | None:
+def _outcome_of_line(line: _BackLine, api: Api) -> Outcome | None:
     member = line.batchrun
     digest = chat.parse_hash(member.request_hash) if member.request_hash else None
     if digest is None:
@@ -418,7 +422,7 @@ def _outcome_of_line(line: _BackLine) -> Outcome | None:
         latency_s=member.latency_s,
         ttft_s=member.ttft_s,
         finished_at_ms=0 if at is None else round(at.timestamp() * 1000),
-        usage=member.usage or chat.parse(body).usage,
+        usage=member.usage or api.parse(body).usage,
         body=body,
         rebuilt=member.rebuilt,
     )

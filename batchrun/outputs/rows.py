@@ -9,7 +9,7 @@ import msgspec
 import pyarrow as pa
 from msgspec import Struct
 
-from batchrun import chat
+from batchrun.chat import Api
 from batchrun.outputs.tally import OutputTally
 from batchrun.types import NO_USAGE, Answer, Answers, Outcome, Tokens
 
@@ -123,7 +123,7 @@ def _ends(whole: Slice) -> list[int]:
     return ends
 
 
-def told(piece: Slice, tally: OutputTally) -> tuple[Rows, pa.RecordBatch | None]:
+def told(piece: Slice, tally: OutputTally, api: Api) -> tuple[Rows, pa.RecordBatch | None]:
     """Tell the tally about every row; return those that are published, with what they carry."""
     kept = [at for at, outcome in enumerate(piece.outcomes) if outcome is not None]
     custom_ids, carried = piece.custom_ids, piece.carried
@@ -143,12 +143,14 @@ def told(piece: Slice, tally: OutputTally) -> tuple[Rows, pa.RecordBatch | None]
             failed = cast("Outcome | InvalidRow", found[at])
             row = _failed(custom_ids[at], failed, piece.sources[kept[at]], tally)
             custom_ids[at], found[at], messages[at] = row.custom_id, row.outcome, row.message
-    rows = _rows(custom_ids, cast("list[Outcome]", found), messages)
+    rows = _rows(custom_ids, cast("list[Outcome]", found), messages, api)
     _tell_ok(rows, ok, tally)
     return rows, carried
 
 
-def _rows(custom_ids: Sequence[str], outcomes: Sequence[Outcome], messages: Sequence[str]) -> Rows:
+def _rows(
+    custom_ids: Sequence[str], outcomes: Sequence[Outcome], messages: Sequence[str], api: Api
+) -> Rows:
     usages = [outcome.usage for outcome in outcomes]
     tokens = Tokens(
         [usage.prompt_tokens for usage in usages],
@@ -157,8 +159,8 @@ def _rows(custom_ids: Sequence[str], outcomes: Sequence[Outcome], messages: Sequ
         [usage.cached_tokens for usage in usages],
         [usage.reasoning_tokens for usage in usages],
     )
-    bodies = [o.body if o.kind == "ok" else chat.NOTHING for o in outcomes]
-    return Rows(custom_ids, outcomes, tokens, chat.columns(bodies), messages)
+    bodies = [o.body if o.kind == "ok" else api.nothing for o in outcomes]
+    return Rows(custom_ids, outcomes, tokens, api.columns(bodies), messages)
 
 
 def _tell_ok(rows: Rows, ok: list[int], tally: OutputTally) -> None:

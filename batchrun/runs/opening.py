@@ -20,7 +20,7 @@ from batchrun.errors import LocalIOError, Locked, UsageError
 from batchrun.journal import Lock, StateDir, locate
 from batchrun.journal import locked as lock_state
 from batchrun.mock import Knobs, MockServer
-from batchrun.providers import DEFAULT_MODEL, Endpoint, provider_of
+from batchrun.providers import DEFAULT_MODEL, Endpoint, full_url, provider_of
 from batchrun.runs import plan
 from batchrun.runs.plan import Source
 from batchrun.runs.stop import Stop
@@ -43,7 +43,7 @@ def model_of(config: RunConfig) -> str | None:
 
 
 def _asks_usage(config: RunConfig) -> bool:
-    """Whether a stream of this endpoint tells its usage only when asked (endpoints.md §3.2)."""
+    """Whether a stream of this endpoint tells its usage only when asked."""
     if config.endpoint is None:
         return False
     provider = provider_of(config.endpoint.url)
@@ -135,7 +135,7 @@ async def chat_endpoint(config: RunConfig) -> AsyncIterator[tuple[ChatEndpoint, 
     """The endpoint to send to and its name for people; with --mock the one inside."""
     if config.endpoint is None:
         async with MockServer(Knobs()) as server:
-            inside = replace(MOCK_ENDPOINT, url=f"{server.url}/v1/chat/completions")
+            inside = replace(MOCK_ENDPOINT, url=full_url(server.url, MOCK_ENDPOINT.path))
             async with _client(inside, config) as endpoint:
                 yield endpoint, MOCK_HOST
     else:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from batchrun import chat, inputs
-from batchrun.chat import Builder, Built, Identity, Invalid, Layout, PromptSettings
+from batchrun.chat import CHAT, Api, Builder, Built, Identity, Invalid, Layout, PromptSettings
 from batchrun.config import RunConfig
 from batchrun.errors import StoppedEarly
 from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, RepeatedIds, Row, Rows
@@ -102,14 +102,14 @@ def settings_of(config: RunConfig, *, stream_usage: bool, model: str | None) -> 
 
 
 def lay_out(
-    files: Sequence[InputFile], settings: PromptSettings, config: RunConfig
+    files: Sequence[InputFile], settings: PromptSettings, config: RunConfig, api: Api = CHAT
 ) -> list[Source]:
     """Decide each file's shape from its schema or its first good rows."""
     sources = []
     for file in files:
         columns, rows = inputs.head(file)
-        layout = chat.detect(columns, rows, settings, config.shape, file.name)
-        sources.append(Source(file, layout, Builder(layout, settings)))
+        layout = api.detect(columns, rows, settings, config.shape, file.name)
+        sources.append(Source(file, layout, api.builder(layout, settings)))
     return sources
 
 

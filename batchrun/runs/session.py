@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from batchrun import chat, sending
-from batchrun.chat import Builder, Invalid
+from batchrun.chat import CHAT, Builder, Invalid
 from batchrun.config import (
     MAX_CONCURRENCY,
     STDIN,
@@ -273,8 +273,8 @@ class _Builders:
         columns = tuple(row)
         builder = self._by_columns.get(columns)
         if builder is None:
-            layout = chat.detect(columns, [row], self._settings, self._config.shape, "the row")
-            builder = Builder(layout, self._settings)
+            layout = CHAT.detect(columns, [row], self._settings, self._config.shape, "the row")
+            builder = CHAT.builder(layout, self._settings)
             if len(self._by_columns) < READ_AHEAD:
                 self._by_columns[columns] = builder
         return builder
@@ -283,7 +283,7 @@ class _Builders:
 def result_of(custom_id: str, outcome: Outcome) -> Result:
     """One finished row as the Python API shows it."""
     ok = outcome.kind == "ok"
-    answer = chat.answer(outcome.body) if ok else Answer()
+    answer = CHAT.answer(outcome.body) if ok else Answer()
     return Result(
         custom_id=custom_id,
         status="ok" if ok else "error",

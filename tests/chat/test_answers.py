@@ -580,11 +580,11 @@ def test_a_rebuilt_completion_gives_the_same_answer(
     tool_calls: str | None,
 ) -> None:
     columns = Answer(response, finish_reason, model, usage, reasoning, tool_calls)
-    body = rebuild(response, finish_reason, model, usage, reasoning, tool_calls)
+    body = rebuild(columns)
     assert answers_answer(body) == columns
     assert parse(body).usage == usage
 
 
 def test_tool_calls_that_are_no_json_are_left_out_of_a_rebuilt_completion() -> None:
-    body = rebuild("x", None, None, NO_USAGE, None, '[{"cut')
+    body = rebuild(Answer("x", tool_calls='[{"cut'))
     assert answers_answer(body) == Answer("x")
