@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from batchrun.errors import UsageError
 from batchrun.providers import CHAT_PATH, Endpoint
@@ -25,6 +25,31 @@ JSONValue: TypeAlias = (
 
 
 InputFormat = Literal["jsonl", "parquet"]
+
+
+Compression = Literal["", "gz", "zst"]
+
+
+class FormatNames(NamedTuple):
+    """What people call an input format, how its files end, and what they count in one."""
+
+    label: str
+    suffixes: tuple[str, ...]
+    unit: Literal["line", "row"]
+
+
+INPUT_FORMATS: Final[Mapping[InputFormat, FormatNames]] = {
+    "jsonl": FormatNames("JSONL", (".jsonl", ".ndjson"), "line"),
+    "parquet": FormatNames("Parquet", (".parquet",), "row"),
+}
+
+
+INPUT_SUFFIXES: Final[Mapping[str, InputFormat]] = {
+    suffix: name for name, names in INPUT_FORMATS.items() for suffix in names.suffixes
+}
+
+
+COMPRESSED_SUFFIXES: Final[Mapping[str, Compression]] = {".gz": "gz", ".zst": "zst"}
 
 
 OutputFormat = Literal["parquet", "jsonl"]
@@ -208,7 +233,7 @@ def default_output(inputs: Sequence[str], *, mock: bool) -> str:
             next_steps=("-o answers.parquet",),
         )
     name = path.name
-    for suffixes in ((".gz", ".zst"), (".jsonl", ".ndjson", ".parquet")):
+    for suffixes in (tuple(COMPRESSED_SUFFIXES), tuple(INPUT_SUFFIXES)):
         if name.lower().endswith(suffixes):
             name = name[: name.rindex(".")]
     return str(path.with_name(f"{name or path.name}.{'mock' if mock else 'results'}.parquet"))

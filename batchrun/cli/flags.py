@@ -11,6 +11,7 @@ import click
 from batchrun import providers
 from batchrun.cli.config_file import FILE_PARAMS, NO_VARIABLE, read_config_file
 from batchrun.cli.options import DEFAULTS, ENV_PREFIX, parse_duration
+from batchrun.config import INPUT_FORMATS
 from batchrun.providers import PROVIDERS
 
 
@@ -206,7 +207,7 @@ REQUEST = _stack(
     ),
     _sent(
         "--input-format",
-        type=click.Choice(["jsonl", "parquet"]),
+        type=click.Choice(list(INPUT_FORMATS)),
         shows="by suffix",
         help="Format of the inputs.",
     ),

@@ -7,6 +7,7 @@ from typing import Literal
 from msgspec import Struct
 
 from batchrun import errors
+from batchrun.config import InputFormat
 from batchrun.summary import ErrorCount, RowCounts, TokenCounts
 
 
@@ -14,7 +15,7 @@ class FileFacts(Struct, frozen=True, kw_only=True):
     """One input as it was detected."""
 
     name: str
-    format: str  # "jsonl" or "parquet"
+    format: InputFormat
     compression: str = ""
     rows: int = 0
     size_bytes: int | None = None

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import PurePath
 
 from batchrun import terminal
-from batchrun.config import STDOUT
+from batchrun.config import INPUT_FORMATS, INPUT_SUFFIXES, STDOUT
 from batchrun.console.facts import FileFacts
 from batchrun.summary import TokenCounts
 
@@ -26,7 +26,8 @@ def place(source: str) -> str:
     name, colon, number = source.rpartition(":")
     if not colon or not number.isdigit():
         return source
-    return f"{'row' if PurePath(name).suffix == '.parquet' else 'line'} {number}"
+    format_ = INPUT_SUFFIXES.get(PurePath(name).suffix)
+    return f"{INPUT_FORMATS[format_].unit if format_ else 'line'} {number}"
 
 
 def local_time(at_ms: int, now: datetime | None = None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from batchrun import terminal
-from batchrun.config import STDOUT
+from batchrun.config import INPUT_FORMATS, STDOUT
 from batchrun.console.after import causes, example, token_words
 from batchrun.console.facts import CollectFacts, FileFacts, StatusFacts, ValidateFacts
 from batchrun.console.layout import (
@@ -48,7 +48,7 @@ def validate_block(facts: ValidateFacts) -> str:
 
 
 def _file_words(file: FileFacts) -> str:
-    kind = {"jsonl": "JSONL", "parquet": "Parquet"}.get(file.format, file.format)
+    kind = INPUT_FORMATS[file.format].label
     packed = f" ({file.compression})" if file.compression else ""
     bytes_ = f", {size(file.size_bytes)}" if file.size_bytes is not None else ""
     return f"{file.name}, {kind}{packed}, {count(file.rows, 'row')}{bytes_}"

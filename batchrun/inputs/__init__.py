@@ -1,8 +1,10 @@
 """Files become rows. Knows no prompt and no column of the output."""
 
-from batchrun.inputs.carried import Carried, ColumnTypes, RepeatedIds
+from batchrun.inputs.carried import Carried
+from batchrun.inputs.column_types import ColumnTypes
 from batchrun.inputs.files import content_digest, resolve, unchanged
-from batchrun.inputs.read import head, read
+from batchrun.inputs.formats import head, read
+from batchrun.inputs.repeated_ids import RepeatedIds
 from batchrun.inputs.rows import BATCH_ROWS, BadRow, Batch, InputFile, Resolved, Row, Rows
 from batchrun.inputs.spool import RowsOrTable, spool
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from glob import glob, has_magic
 from hashlib import blake2b
 from pathlib import Path
@@ -13,33 +13,13 @@ from typing import Final
 from urllib.parse import unquote
 
 import msgspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchrun.chat import without_surrogates
-from batchrun.config import CURRENT, STDIN, InputFormat
+from batchrun.config import CURRENT, INPUT_SUFFIXES, STDIN, InputFormat
 from batchrun.errors import UsageError
-from batchrun.inputs import foreign
-from batchrun.inputs.jsonl import compression_of, start_of
-from batchrun.inputs.rows import (
-    LINE_LIMIT_BYTES,
-    READ_BYTES,
-    Compression,
-    Fingerprint,
-    InputFile,
-    Resolved,
-)
-from batchrun.inputs.trouble import mapped_errors, unreadable
-
-_SUFFIXES: Final[Mapping[str, InputFormat]] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-}
-
-
-_COMPRESSIONS: Final[Mapping[str, Compression]] = {".gz": "gz", ".zst": "zst"}
-
+from batchrun.inputs import foreign, formats
+from batchrun.inputs.rows import READ_BYTES, Fingerprint, InputFile, Resolved
+from batchrun.inputs.unpack import compression_of, mapped_errors, start_of, unreadable
 
 _HIVE_NULL: Final = "__HIVE_DEFAULT_PARTITION__"
 
@@ -120,7 +100,7 @@ class _Search:
         before = len(self.files)
         self._walk(path)
         if len(self.files) == before:
-            raise UsageError(f"{path}: no .jsonl, .ndjson or .parquet file to read in it")
+            raise UsageError(f"{path}: no {formats.suffixes()} file to read in it")
 
     def add_glob(self, pattern: str) -> None:
         found = sorted(glob(pattern, recursive=True))
@@ -161,10 +141,10 @@ class _Search:
             self._skip(path, "hidden")
         elif any(parent.name.endswith(".batchrun") for parent in path.parents):
             self._skip(path, "the state of a run")
-        elif path.is_file() and _made_by_batchrun(path):
+        elif path.is_file() and formats.made_by_batchrun(path):
             self._skip(path, "made by batchrun")
-        elif _format_of(path)[0] is None:
-            self._skip(path, "not JSONL or Parquet")
+        elif formats.by_name(path)[0] is None:
+            self._skip(path, f"not {formats.labels()}")
         elif path.exists() and not path.is_file():
             # To open a pipe that nobody writes to is to wait for ever.
             self._skip(path, "not a regular file")
@@ -199,7 +179,7 @@ def _input_file(
         raise unreadable(name, exc) from exc
     if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"{name}: not a regular file; pipe it in with - instead")
-    by_suffix, compression = _format_of(path)
+    by_suffix, compression = formats.by_name(path)
     format_ = input_format or by_suffix
     if format_ is None:
         raise _unknown(path, name)
@@ -209,7 +189,7 @@ def _input_file(
         path,
         name,
         format_,
-        compression if format_ == "jsonl" else "",
+        compression if formats.may_be_packed(format_) else "",
         _fingerprint(status),
         status.st_size,
     )
@@ -218,36 +198,9 @@ def _input_file(
 def _unknown(path: Path, name: str) -> UsageError:
     """The error for a name that says no format; what is in the file says what to do."""
     found = foreign.recognise(start := start_of(path, name))
-    if found is None or found.suffix in (".jsonl", ".parquet"):
-        return UsageError(
-            f"{name}: not .jsonl or .ndjson (also .gz, .zst) or .parquet; "
-            "say which with --input-format"
-        )
-    return foreign.refusal(path, name, "JSON lines or Parquet", start)
-
-
-def _format_of(path: Path) -> tuple[InputFormat | None, Compression]:
-    compression = _COMPRESSIONS.get(path.suffix.lower(), "")
-    inner = Path(path.stem) if compression else path
-    format_ = _SUFFIXES.get(inner.suffix.lower())
-    return (None if compression and format_ == "parquet" else format_), compression
-
-
-def _made_by_batchrun(path: Path) -> bool:
-    """Outputs bear a mark: Parquet in the file's metadata, JSONL in the first line."""
-    suffix = Path(path.name.removesuffix(".bak")).suffix.lower()
-    try:
-        if suffix == ".parquet":
-            with path.open("rb") as table:
-                return b"batchrun" in (pq.read_metadata(table).metadata or {})
-        if suffix == ".jsonl":
-            with path.open("rb") as lines:
-                first = msgspec.json.decode(lines.readline(LINE_LIMIT_BYTES))
-            mark = first.get("batchrun") if isinstance(first, dict) else None
-            return isinstance(mark, dict) and "request_hash" in mark
-    except (OSError, ValueError, RecursionError, pa.ArrowException):
-        pass  # Not readable as an output; reading it as an input will say what is wrong.
-    return False
+    if found is None or found.suffix in INPUT_SUFFIXES:
+        return UsageError(f"{name}: not {formats.file_names()}; say which with --input-format")
+    return foreign.refusal(path, name, formats.labels(), start)
 
 
 def _fingerprint(status: os.stat_result) -> Fingerprint:

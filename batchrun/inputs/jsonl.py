@@ -1,39 +1,36 @@
-"""JSON lines, plain or compressed, to rows: split, decoded and judged line by line."""
+"""JSON lines, plain or compressed, to rows: decoded and judged line by line."""
 
 from __future__ import annotations
 
-import gzip
-import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
-from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, cast
 
 import msgspec
-import pyarrow as pa
 
 from batchrun.config import JSONValue
-from batchrun.errors import UsageError
 from batchrun.inputs import foreign
+from batchrun.inputs.carried import Carried
+from batchrun.inputs.lines import lines_of
 from batchrun.inputs.rows import (
-    BATCH_BYTES,
-    BATCH_ROWS,
     LINE_LIMIT_BYTES,
-    READ_BYTES,
     BadRow,
-    Compression,
+    Batch,
+    Head,
     InputFile,
     Row,
     Rows,
+    with_folders,
 )
-from batchrun.inputs.trouble import mapped_errors, unreadable
+from batchrun.inputs.unpack import mapped_errors, opened, refusal
 
-# Split into lines at once: more leaves the processor's cache.
-_PIECE_BYTES: Final = 256 << 10
+_CLAIMED: Final = "JSON lines"
+
+
+_HEAD_BYTES: Final = 32 << 20
 
 
 # Deeper values decode in one place and overflow the stack in the next.
@@ -43,78 +40,79 @@ _DEPTH_LIMIT: Final = 400
 _SHALLOW_BYTES: Final = 2 * _DEPTH_LIMIT
 
 
-_COMPRESSED: Final[Mapping[bytes, Compression]] = {
-    b"\x1f\x8b": "gz",
-    b"\x28\xb5\x2f\xfd": "zst",
-}
-
-
-_CLAIMED: Final[Mapping[str, str]] = {"gz": "gzip data", "zst": "zstd data"}
-
-
-def groups(file: InputFile) -> Iterator[tuple[Sequence[int], Rows, int]]:
-    """Numbers and verdicts of the lines that are not blank, by the batch, and its bytes."""
-    first = 1
-    for lines, size_bytes in lines_of(file):
-        numbers, rows = verdicts(first, lines)
-        first += len(lines)
-        if rows:
-            yield numbers, with_folders(file, rows), size_bytes
-
-
-def with_folders(file: InputFile, rows: Rows) -> Rows:
-    """The rows, fresh from reading, with the columns of the file's folders that they lack."""
-    for name, value in file.folders:
-        for row in rows:
-            if type(row) is dict:
-                row.setdefault(name, value)
-    return rows
-
-
-def lines_of(file: InputFile) -> Iterator[tuple[list[bytes], int]]:
-    """All lines, as many at a time as make a batch, and their bytes; over-long ones cut."""
-    with mapped_errors(file), opened(file) as stream:
-        start = stream.read(_PIECE_BYTES)
-        if foreign.is_no_text(start):
-            raise refusal(file, "JSON lines", start[: foreign.HEAD_BYTES])
-        more = iter(partial(stream.read, _PIECE_BYTES), b"")
-        waiting: list[bytes] = []
-        size_bytes = 0
-        for lines in _split(itertools.chain((start.removeprefix(b"\xef\xbb\xbf"),), more)):
-            waiting += lines
-            size_bytes += sum(map(len, lines))
-            while len(waiting) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
-                batch = waiting[:BATCH_ROWS]
-                del waiting[:BATCH_ROWS]
-                batch_bytes = sum(map(len, batch))
-                size_bytes -= batch_bytes
-                yield batch, batch_bytes
-        yield waiting, size_bytes
-
-
-def _split(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """The lines of a text without their ends; of one over the limit, as much as is over it."""
-    begun: list[bytes] = []
-    begun_bytes = 0
-    for piece in pieces:
-        lines = piece.split(b"\n")
-        rest = lines.pop()
-        if lines:
-            if begun:
-                lines[0] = b"".join((*begun, lines[0]))
-                begun, begun_bytes = [], 0
-            yield lines
-        if rest and begun_bytes < LINE_LIMIT_BYTES:
-            begun.append(rest)
-            begun_bytes += len(rest)
-    if begun:
-        yield [b"".join(begun)]
-
-
 _decode: Final = msgspec.json.Decoder().decode
 
 
 _ONLY_OBJECTS: Final = {dict}
+
+
+def head(file: InputFile, wanted: int) -> Head:
+    """The keys of the first good rows, in order of appearance.
+
+    UsageError for a file that has lines, and no JSON object among them.
+    """
+    good: list[Row] = []
+    first_bad: tuple[int, BadRow] | None = None
+    size_bytes = 0
+    with mapped_errors(file), opened(file) as stream:
+        start = stream.read(foreign.HEAD_BYTES)
+    if foreign.is_one_document(start):
+        raise refusal(file, _CLAIMED, start)
+    first = 1
+    for lines, batch_bytes in lines_of(file, _CLAIMED):
+        numbers, rows = verdicts(first, lines)
+        first += len(lines)
+        good += [row for row in with_folders(file, rows) if isinstance(row, dict)]
+        if rows and not good and first_bad is None:
+            first_bad = numbers[0], cast("BadRow", rows[0])
+        size_bytes += batch_bytes
+        if len(good) >= wanted or (good and size_bytes >= _HEAD_BYTES):
+            break
+    if first_bad is not None and not good:
+        number, row = first_bad
+        why = f"no line of it is a JSON object (line {number}: {row.reason})"
+        raise refusal(file, _CLAIMED, start, why)
+    del good[wanted:]
+    return Head(list(dict.fromkeys(itertools.chain.from_iterable(good))), good)
+
+
+def read(
+    file: InputFile, columns: Collection[str] | None, carry: Carried | None
+) -> Iterator[Batch]:
+    """Every line that is not blank. A row has all its columns, whichever are asked for."""
+    nothing = True
+    first = 1
+    for lines, _ in lines_of(file, _CLAIMED):
+        batch = _batch_of(file, first, lines, carry)
+        first += len(lines)
+        if len(batch):
+            yield batch
+            nothing = False
+    if nothing:
+        yield Batch([], [], carry.from_rows([]) if carry else None)
+
+
+def _batch_of(file: InputFile, first: int, lines: list[bytes], carry: Carried | None) -> Batch:
+    def rows_made() -> Rows:
+        return with_folders(file, verdicts(first, lines)[1])
+
+    if carry is None and {line[:1] for line in lines} == {b"{"}:
+        # None is blank, so it is known how many rows they are before anybody looks at one.
+        return Batch(range(first, first + len(lines)), rows_made, None)
+    numbers, rows = verdicts(first, lines)
+    rows = with_folders(file, rows)
+    return Batch(numbers, rows, carry.from_rows(rows) if carry else None)
+
+
+def bears_our_mark(path: Path) -> bool:
+    """Whether the first line is of an output."""
+    try:
+        with path.open("rb") as lines:
+            first = msgspec.json.decode(lines.readline(LINE_LIMIT_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False  # reading it as an input will say what is wrong
+    mark = first.get("batchrun") if isinstance(first, dict) else None
+    return isinstance(mark, dict) and "request_hash" in mark
 
 
 def verdicts(first: int, lines: list[bytes]) -> tuple[Sequence[int], Rows]:
@@ -203,47 +201,3 @@ def _is_deep(value: JSONValue) -> bool:
             return False
         level = below
     return True
-
-
-class _Stream(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
-@contextmanager
-def opened(file: InputFile) -> Iterator[_Stream]:
-    """The file's bytes, unpacked. Errors of what is packed are for ``_mapped_errors``."""
-    with file.path.open("rb", buffering=READ_BYTES) as raw:
-        if not file.compression:
-            yield raw
-            return
-        start = raw.read(4)
-        raw.seek(0)
-        if not start:
-            raise EOFError("not even a header")
-        if compression_of(start) != file.compression:
-            claimed = _CLAIMED[file.compression]
-            raise refusal(file, claimed, raw.read(foreign.HEAD_BYTES))
-        if file.compression == "gz":
-            with gzip.open(raw) as unpacked:
-                yield io.BufferedReader(unpacked, READ_BYTES)
-        else:
-            with pa.CompressedInputStream(pa.PythonFile(raw), "zstd") as unpacked:
-                yield unpacked
-
-
-def refusal(file: InputFile, claimed: str, start: bytes, otherwise: str = "") -> UsageError:
-    """What to do about a file that is not what its name says; a spool has no name to type."""
-    typed = None if file.name == file.path.stem else file.path
-    return foreign.refusal(typed, file.name, claimed, start, otherwise)
-
-
-def compression_of(start: bytes) -> Compression:
-    return next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), "")
-
-
-def start_of(path: Path, name: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(foreign.HEAD_BYTES)
-    except OSError as exc:
-        raise unreadable(name, exc) from exc

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import pyarrow as pa
 from msgspec import Struct
 
-from batchrun.config import InputFormat, JSONValue
-
-Compression = Literal["", "gz", "zst"]
-
+from batchrun.config import Compression, InputFormat, JSONValue
 
 BATCH_ROWS: Final = 1024
 
@@ -70,10 +67,17 @@ class Resolved(NamedTuple):
     skipped: list[str]  # "data/old.parquet (made by batchrun)"
 
 
+class Head(NamedTuple):
+    """What a file begins with: its columns, and its first good rows."""
+
+    columns: list[str]
+    rows: list[Row]
+
+
 class Batch:
     """At most 1,024 rows, in order.
 
-    ``lines`` are 1-based: lines of a JSONL file, rows of a table. ``rows`` holds at least the
+    ``lines`` are 1-based: lines of a text, rows of a table. ``rows`` holds at least the
     columns asked for, and is often made only when first looked at.
     """
 
@@ -100,3 +104,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.lines)
+
+
+def with_folders(file: InputFile, rows: Rows) -> Rows:
+    """The rows, fresh from reading, with the columns of the file's folders that they lack."""
+    for name, value in file.folders:
+        for row in rows:
+            if type(row) is dict:
+                row.setdefault(name, value)
+    return rows

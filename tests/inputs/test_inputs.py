@@ -24,10 +24,13 @@ from hypothesis import strategies as st
 from batchrun.cli.main import run_command
 from batchrun.errors import BatchrunError, LocalIOError, StoppedEarly, UsageError
 from batchrun.inputs import jsonl as jsonl_room
-from batchrun.inputs.carried import Carried, ColumnTypes, RepeatedIds
+from batchrun.inputs import lines as lines_room
+from batchrun.inputs.carried import Carried
+from batchrun.inputs.column_types import ColumnTypes
 from batchrun.inputs.files import content_digest, resolve, unchanged
-from batchrun.inputs.jsonl import _split
-from batchrun.inputs.read import head, read
+from batchrun.inputs.formats import head, read
+from batchrun.inputs.lines import _split
+from batchrun.inputs.repeated_ids import RepeatedIds
 from batchrun.inputs.rows import BadRow, InputFile, Rows
 from batchrun.inputs.spool import spool
 
@@ -313,7 +316,7 @@ def test_a_line_of_ten_megabytes_is_read(tmp_path: Path) -> None:
 def test_of_an_over_long_line_no_more_is_kept_than_shows_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jsonl_room, "LINE_LIMIT_BYTES", 20)
+    monkeypatch.setattr(lines_room, "LINE_LIMIT_BYTES", 20)
     pieces = [b"short\n", *[b"a" * 10] * 5, b"aaa\nb", b"c"]
     assert list(_split(pieces)) == [[b"short"], [b"a" * 20 + b"aaa"], [b"bc"]]
 
@@ -321,7 +324,8 @@ def test_of_an_over_long_line_no_more_is_kept_than_shows_it(
 def test_a_line_without_end_is_skipped_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl_room, "LINE_LIMIT_BYTES", 1 << 20)
+    for room in (lines_room, jsonl_room):
+        monkeypatch.setattr(room, "LINE_LIMIT_BYTES", 1 << 20)
     long = b'{"a":"' + b"x" * (3 << 20) + b'"}'
     path = jsonl(tmp_path / "a.jsonl", b'{"a":1}\n' + long + b'\n{"a":2}\n' + long)
     assert verdicts(path) == [
