@@ -41,7 +41,7 @@ from batchrun.mock.replies import (
     fault_reply,
 )
 from batchrun.mock.server import MockServerThread
-from batchrun.runs.session import make_config
+from batchrun.runs.complete import make_config
 from batchrun.runs.stop import Stop
 from batchrun.runs.submit import run
 
