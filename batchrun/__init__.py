@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchrun.api import submit
+    from batchrun.api import complete, make_config, submit
     from batchrun.config import VERSION as __version__
     from batchrun.config import Allowance, RunConfig
     from batchrun.errors import (
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         StoppedEarly,
         UsageError,
     )
-    from batchrun.runs import complete, make_config, run
+    from batchrun.runs import run
     from batchrun.summary import RunSummary
     from batchrun.types import Result, Usage
 
@@ -59,8 +59,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "complete": "runs",
-    "make_config": "runs",
+    "complete": "api",
+    "make_config": "api",
     "submit": "api",
     "run": "runs",
     "RunConfig": "config",

@@ -4,15 +4,88 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, Unpack
 
+from batchrun import runs
+from batchrun.config import (
+    STDIN,
+    STDOUT,
+    Allowance,
+    IfLocked,
+    InputFormat,
+    JSONValue,
+    RunConfig,
+    default_output,
+    output_format,
+)
 from batchrun.console import Progress
-from batchrun.runs import Rows, make_config, run
+from batchrun.errors import NoKey, UsageError
+from batchrun.providers import resolve
+from batchrun.secret import Secret
 from batchrun.summary import RunSummary
+from batchrun.types import Result, Shape
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 T = TypeVar("T")
+Rows: TypeAlias = "list[Mapping[str, object]] | pa.Table"
+
+
+class Where(TypedDict, total=False):
+    """The endpoint and its key, as on the command line."""
+
+    provider: str | None
+    base_url: str | None
+    api_key_env: str | None
+    api_key_file: str | None
+    allow_http: bool
+
+
+class Options(Where, total=False):
+    """What ``submit``, ``complete`` and ``make_config`` take by name: the fields of RunConfig that
+    are not settled by input, output and ``Where``.
+    """
+
+    input_format: InputFormat | None
+    state_dir: Path | None
+    model: str | None
+    model_replaces: bool
+    system: str | None
+    params: Mapping[str, JSONValue]
+    params_replacing: frozenset[str]
+    shape: Shape | None
+    prompt_column: str | None
+    body_columns: tuple[str, ...]
+    mock: bool
+    headers: tuple[tuple[str, Secret], ...]
+    stream: bool
+    concurrency: int | None
+    rpm: float | None
+    tpm: float | None
+    max_retries: int
+    max_in_doubt_retries: int
+    timeout_s: float
+    connect_timeout_s: float
+    max_wait_s: float
+    max_outage_s: float
+    deadline_s: float | None
+    drain_s: float
+    abort_after: int
+    limit: int | None
+    retry_failed: bool
+    overwrite: bool
+    allow_failures: Allowance
+    if_locked: IfLocked
+    keep_unused_days: float | None
+    carry: tuple[str, ...] | None
+    response_body: bool
+    command: str
 
 
 def submit(
@@ -20,7 +93,7 @@ def submit(
     output: str | os.PathLike[str] | None = None,
     *,
     progress: bool = False,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> RunSummary:
     """Do what ``batchrun submit`` does and return its summary; also under a running loop.
 
@@ -34,10 +107,65 @@ def submit(
     talk = Progress(quiet=not progress)
     rows = None if isinstance(input, str | os.PathLike) else input
     try:
-        return _run_anywhere(run(config, talk, rows=rows))
+        return _run_anywhere(runs.run(config, talk, rows=rows))
     finally:
         talk.end()
         talk.close()
+
+
+def complete(
+    requests: Iterable[str | Mapping[str, JSONValue]], **options: Unpack[Options]
+) -> AbstractAsyncContextManager[AsyncIterator[Result]]:
+    """Answers as they come, in no order, without a file or a journal.
+
+    ``requests`` are prompts, or rows as in an input file: dicts with ``prompt``, ``messages`` or
+    ``custom_id`` and ``body``. They are read as they are needed, and no more than about a thousand
+    answers wait to be read. A row's failure is a Result with status ``error``; what ends the run
+    early (a refused key) is raised by the iteration. ``options`` are those of ``submit``.
+    """
+    return runs.complete(make_config([], STDOUT, **options), requests)
+
+
+def make_config(
+    input: str | os.PathLike[str] | Rows,
+    output: str | os.PathLike[str] | None = None,
+    **options: Unpack[Options],
+) -> RunConfig:
+    """What ``run`` takes, from the words of ``submit``; UsageError for one that does not exist.
+
+    A mistake in the input is said before a missing key.
+    """
+    known = Options.__annotations__.keys()
+    if unknown := sorted(options.keys() - known):
+        raise UsageError(f"{unknown[0]}=: no such option; there are: {', '.join(sorted(known))}")
+    if output is None and not isinstance(input, str | os.PathLike):
+        raise UsageError("rows that are not a file need output=, the path of the answers")
+    mock = bool(options.get("mock"))
+    inputs = (os.fspath(input),) if isinstance(input, str | os.PathLike) else (STDIN,)
+    name = default_output(inputs, mock=mock) if output is None else os.fspath(output)
+    options.setdefault("model_replaces", options.get("model") is not None)
+    options.setdefault("params_replacing", frozenset(options.get("params", ())))
+    # The names that are left are fields: a test compares them.
+    chosen: dict[str, Any] = {
+        name: value for name, value in options.items() if name not in Where.__annotations__
+    }
+    config = RunConfig(inputs=inputs, output=name, output_format=output_format(name), **chosen)
+    if mock:
+        return config
+    try:
+        endpoint = resolve(
+            provider=options.get("provider"),
+            base_url=options.get("base_url"),
+            api_key_env=options.get("api_key_env"),
+            api_key_file=options.get("api_key_file"),
+            allow_http=bool(options.get("allow_http")),
+            environ=os.environ,
+            explicit_headers=frozenset(name.lower() for name, _ in config.headers),
+        )
+    except NoKey:
+        runs.look(config)
+        raise
+    return replace(config, endpoint=endpoint)
 
 
 def _run_anywhere(work: Coroutine[Any, Any, T]) -> T:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from batchrun.errors import UsageError
-from batchrun.providers import CHAT_PATH, Endpoint
+from batchrun.providers import MOCK, Endpoint
 from batchrun.secret import Secret
 from batchrun.types import Shape
 
@@ -144,7 +144,7 @@ class RunConfig:
     mock: bool = False
 
     # delivery settings
-    endpoint: Endpoint | None = None  # None only with mock
+    endpoint: Endpoint = MOCK
     headers: tuple[tuple[str, Secret], ...] = ()
     stream: bool = False
     concurrency: int | None = None  # None: found while running
@@ -208,7 +208,7 @@ class RunConfig:
             "shape": shapes,
             "prompt_column": prompt_column,
             "body_columns": list(self.body_columns),
-            "path": self.endpoint.path if self.endpoint else CHAT_PATH,
+            "path": self.endpoint.path,
             "synthetic": self.mock,
         }
 

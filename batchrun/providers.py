@@ -103,6 +103,10 @@ class Endpoint:
         return urlunsplit(parts._replace(path=path))
 
 
+# Inside this process, with --mock; its URL is known when it listens.
+MOCK = Endpoint("", "mock", "mock", None, None, DEFAULT_MODEL, None)
+
+
 def resolve(
     *,
     provider: str | None,

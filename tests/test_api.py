@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import batchrun
+from batchrun.api import Options, Where
 from batchrun.mock.replies import Knobs
 from batchrun.mock.server import MockServerThread
 
@@ -83,11 +84,19 @@ def test_run_takes_a_config(tmp_path: Path) -> None:
     assert (summary.exit_code, summary.rows.ok, summary.rows.error) == (0, 1, 1)
 
 
+def test_every_choice_of_a_run_is_an_option_of_its_own_type() -> None:
+    settled = {"inputs", "output", "output_format", "endpoint"}
+    fields = get_type_hints(batchrun.RunConfig)
+    assert get_type_hints(Options) == get_type_hints(Where) | {
+        name: fields[name] for name in fields.keys() - settled
+    }
+
+
 def test_what_cannot_work_is_raised(tmp_path: Path) -> None:
     with pytest.raises(batchrun.UsageError, match="output="):
         batchrun.submit(PROMPTS, mock=True)
     with pytest.raises(batchrun.UsageError, match="no such option"):
-        batchrun.submit(PROMPTS, tmp_path / "a.parquet", mock=True, concurrncy=3)
+        batchrun.submit(PROMPTS, tmp_path / "a.parquet", mock=True, concurrncy=3)  # type: ignore[call-arg]  # the point
     with pytest.raises(batchrun.UsageError, match="no such file"):
         batchrun.submit(tmp_path / "missing.jsonl", mock=True)
 

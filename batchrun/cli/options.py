@@ -138,7 +138,9 @@ def build_config(options: Options, given: Given, *, sends: bool = True) -> RunCo
     if sends and options.json and output == STDOUT:
         raise UsageError("--json and -o - both write to stdout; choose one")
     headers = parse_headers(options.header)
-    endpoint = None if options.mock else _endpoint(options, given, headers, demands_key=sends)
+    endpoint = (
+        providers.MOCK if options.mock else _endpoint(options, given, headers, demands_key=sends)
+    )
     params, replacing = _params(options, given)
     return RunConfig(
         inputs=options.inputs,
@@ -243,8 +245,8 @@ def _endpoint(
     )
 
 
-def _default_model(options: Options, endpoint: Endpoint | None) -> str | None:
-    if endpoint is not None:
+def _default_model(options: Options, endpoint: Endpoint) -> str | None:
+    if not options.mock:
         return endpoint.default_model
     preset = PROVIDERS.get(options.provider or "")
     return (preset.model if preset else None) or providers.DEFAULT_MODEL

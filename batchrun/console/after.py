@@ -304,12 +304,12 @@ def _progress_words(rows: RowCounts) -> str:
 
 
 def _key_line(summary: RunSummary, config: RunConfig | None) -> list[str]:
-    endpoint = config.endpoint if config is not None else None
     refused = summary.exit_code == errors.EXIT_REFUSED
-    if endpoint is None or not refused or not _is_about_the_key(summary):
+    if config is None or not refused or not _is_about_the_key(summary):
         return []
     tried = "" if summary.rows.ok else "; nothing else was tried"
-    source = f"from {endpoint.key_name}" if endpoint.key_name else "none was sent"
+    key_name = config.endpoint.key_name
+    source = f"from {key_name}" if key_name else "none was sent"
     return labelled("key", source + tried)
 
 

@@ -84,7 +84,7 @@ class Writer:
             self._work()
 
     def _start(self) -> None:
-        if self._closing:
+        if self._closing or (self._stream is None and self._log_file is None):
             return
         if self._thread is None:
             # A daemon, so that a terminal that never drains cannot keep the process alive.

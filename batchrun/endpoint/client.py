@@ -22,7 +22,7 @@ from yarl import URL
 
 from batchrun import secret
 from batchrun.chat import CHAT, Api
-from batchrun.config import VERSION
+from batchrun.config import MAX_CONCURRENCY, VERSION
 from batchrun.endpoint.body import Silent, follow, whole
 from batchrun.endpoint.connections import TRIP, Connector, Trip
 from batchrun.endpoint.deadlines import Deadlines
@@ -50,6 +50,7 @@ class ChatEndpoint:
     """A chat-completions endpoint. Use as an async context manager; ``send`` never raises.
 
     ``proxied`` False ignores HTTP(S)_PROXY: the embedded stand-in is inside this process.
+    ``room`` is how many requests may be in flight at once, as far as open files go.
     """
 
     def __init__(
@@ -60,8 +61,11 @@ class ChatEndpoint:
         timeout_s: float,
         connect_timeout_s: float,
         proxied: bool = True,
+        room: int = MAX_CONCURRENCY,
         api: Api = CHAT,
     ) -> None:
+        self.host = endpoint.host
+        self.room = room
         self._endpoint = endpoint
         self._api = api
         self._url = URL(endpoint.url, encoded=True)
@@ -162,7 +166,7 @@ class ChatEndpoint:
 
     async def models(self) -> list[str]:
         """The model names the endpoint offers to this key, in its order."""
-        host = self._endpoint.host
+        host = self.host
         url = URL(self._endpoint.models_url, encoded=True)
         try:
             async with (

@@ -114,15 +114,20 @@ class Limits:
     admitted request comes back exactly once, as the same object, through ``done`` or ``withdrawn``.
     """
 
-    def __init__(self, settings: LimitSettings, *, host: str = "the endpoint") -> None:
+    def __init__(
+        self,
+        settings: LimitSettings,
+        *,
+        host: str = "the endpoint",
+        on_change: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._settings = settings
         self._host = host
-        self.on_change: Callable[[str], None] | None = None
         self._window = Window(
             settings.concurrency,
             settings.max_concurrency,
             None if settings.rpm is None else settings.rpm / 60,
-            self._say,
+            on_change,
         )
         self._breaker = Breaker(host, settings.max_outage_s)
         self._models: dict[str, Model] = {}
@@ -238,10 +243,6 @@ class Limits:
         if len(self._flights) + len(self._places.held) >= window.size:
             window.full_s += now - window.filled_at
             window.filled_at = now
-
-    def _say(self, change: str) -> None:
-        if self.on_change is not None:
-            self.on_change(change)
 
     def _meet(self, name: str, now: float) -> Model:
         if not self._models:

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import replace
 
-from batchrun import chat, sending
+from batchrun import chat
 from batchrun.chat import CHAT, Builder, Invalid
-from batchrun.config import (
-    MAX_CONCURRENCY,
-    STDIN,
-    STDOUT,
-    JSONValue,
-    RunConfig,
-    default_output,
-    output_format,
-)
-from batchrun.errors import BatchrunError, NoKey, UsageError
-from batchrun.process import room_for_sockets
-from batchrun.providers import resolve
+from batchrun.config import JSONValue, RunConfig
+from batchrun.console import Progress
+from batchrun.errors import BatchrunError, EndpointRefused, UsageError
 from batchrun.runs.opening import chat_endpoint, prompt_settings
-from batchrun.runs.status import look
-from batchrun.sending import (
-    Feed,
-    Pool,
-    Send,
-    admission_for,
-    outcome_of,
-    persistence_for,
-    refusal,
-    watch_limits,
-)
+from batchrun.sending import EarlyEnd, Feed, Sender, outcome_of, refusal
 from batchrun.types import NO_USAGE, Answer, Attempt, Decision, Outcome, Request, Result, Tries
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-Rows: TypeAlias = "list[Mapping[str, object]] | pa.Table"
-
 
 # Requests read ahead, and results waiting for their reader: what bounds the memory.
 READ_AHEAD = 64
@@ -52,175 +24,107 @@ READ_AHEAD = 64
 UNREAD_RESULTS = 1024
 
 
-_ENDPOINT_WORDS = ("provider", "base_url", "api_key_env", "api_key_file")
-
-
-def make_config(
-    input: str | os.PathLike[str] | Rows,
-    output: str | os.PathLike[str] | None = None,
-    **options: Any,
-) -> RunConfig:
-    """What ``run`` takes, from the words of ``submit``; UsageError for one that does not exist.
-
-    A mistake in the input is said before a missing key.
-    """
-    where = {name: options.pop(name, None) for name in _ENDPOINT_WORDS}
-    allow_http = bool(options.pop("allow_http", False))
-    known = {field.name for field in fields(RunConfig)} - {"inputs", "output", "endpoint"}
-    if unknown := sorted(options.keys() - known):
-        raise UsageError(f"{unknown[0]}=: no such option; there are: {', '.join(sorted(known))}")
-    if output is None and not isinstance(input, str | os.PathLike):
-        raise UsageError("rows that are not a file need output=, the path of the answers")
-    mock = bool(options.get("mock"))
-    inputs = (os.fspath(input),) if isinstance(input, str | os.PathLike) else (STDIN,)
-    name = default_output(inputs, mock=mock) if output is None else os.fspath(output)
-    options.setdefault("model_replaces", options.get("model") is not None)
-    options.setdefault("params_replacing", frozenset(options.get("params", ())))
-    config = RunConfig(inputs=inputs, output=name, output_format=output_format(name), **options)
-    if mock:
-        return config
-    try:
-        endpoint = resolve(
-            **where,
-            allow_http=allow_http,
-            environ=os.environ,
-            explicit_headers=frozenset(n.lower() for n, _ in config.headers),
-        )
-    except NoKey:
-        look(config)
-        raise
-    return replace(config, endpoint=endpoint)
-
-
 @asynccontextmanager
 async def complete(
-    requests: Iterable[str | Mapping[str, JSONValue]], **options: Any
+    config: RunConfig, requests: Iterable[str | Mapping[str, JSONValue]]
 ) -> AsyncIterator[AsyncIterator[Result]]:
     """Answers as they come, in no order, without a file or a journal.
 
-    ``requests`` are prompts, or rows as in an input file: dicts with ``prompt``, ``messages`` or
-    ``custom_id`` and ``body``. They are read as they are needed, and no more than about a thousand
-    answers wait to be read. A row's failure is a Result with status ``error``; what ends the run
-    early (a refused key) is raised by the iteration. ``options`` are those of ``submit``.
+    What a request may be, and how it ends, says ``api.complete``.
     """
-    config = make_config([], STDOUT, **options)
-    async with chat_endpoint(config) as (endpoint, host):
-        session = _Session(config, host, endpoint.send)
+    end = EarlyEnd()
+    async with chat_endpoint(config) as endpoint:
+        desk = _ResultDesk(endpoint.host)
+        reader = _Reader(_Builders(config), iter(requests), desk, end)
+        # Whoever leaves the block, or is refused, waits for nothing.
+        hasty = replace(config, drain_s=0.0)
+        sender = Sender(hasty, endpoint, desk, Progress(quiet=True), one_model=False)
         # Not a TaskGroup: it would wrap what the caller's own block raises.
-        task = asyncio.create_task(session.run(iter(requests)))
+        task = asyncio.create_task(_send(sender, reader, desk, end))
         try:
-            yield session.results()
+            yield _results(desk, reader, task)
         finally:
-            session.close()
+            end.tell(_Closed("no more results are wanted"))
             await task
 
 
-class _Session:
-    """One ``complete``: a pool between the caller's iterable and the caller's loop."""
+async def _send(
+    sender: Sender, reader: _Reader, desk: _ResultDesk, end: EarlyEnd
+) -> BatchrunError | None:
+    try:
+        return await sender.run(reader.fill, end)
+    finally:
+        desk.end()
 
-    def __init__(self, config: RunConfig, host: str, send: Send) -> None:
-        self._builders = _Builders(config)
+
+async def _results(
+    desk: _ResultDesk, reader: _Reader, sending: asyncio.Task[BatchrunError | None]
+) -> AsyncIterator[Result]:
+    while await desk.has_more():
+        yield desk.take()
+    if reader.error is not None:
+        raise reader.error
+    cause = await sending
+    if cause is not None and not isinstance(cause, _Closed):
+        raise cause
+
+
+class _ResultDesk:
+    """Hands what the pool reports to the caller: nothing is journaled."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._ids: dict[int, str] = {}  # row -> custom_id, of rows on their way
         self._results: deque[Result] = deque()
+        self._ended = False
         self._news = asyncio.Event()
         self._room = asyncio.Event()
-        self._ended = False
-        self._error: Exception | None = None
-        # Bounded by the results unread: a put that waited would stop the loop.
-        room = room_for_sockets(config.concurrency or MAX_CONCURRENCY)
-        self._limits = admission_for(config, host, room)
-        self._feed = Feed(max_rows=2 * UNREAD_RESULTS, max_bytes=sys.maxsize)
-        self._pool = Pool(
-            feed=self._feed,
-            send=send,
-            judge=sending.classify,
-            admission=self._limits,
-            persistence=persistence_for(config),
-            desk=self,
-            drain_s=0.0,
-            one_model=False,
-        )
-        self._host = host
-        self._ids: dict[int, str] = {}
 
-    async def run(self, rows: Iterator[str | Mapping[str, JSONValue]]) -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                helpers = [
-                    group.create_task(self._read_all(rows)),
-                    group.create_task(watch_limits(self._limits, self._pool)),
-                ]
-                try:
-                    await self._pool.run()
-                finally:
-                    for helper in helpers:
-                        helper.cancel()
-        finally:
-            self._ended = True
-            self._news.set()
+    # For the caller
 
-    async def results(self) -> AsyncIterator[Result]:
-        while True:
-            while self._results:
-                result = self._results.popleft()
-                self._room.set()
-                yield result
-            if self._ended:
-                break
+    async def has_more(self) -> bool:
+        """Wait for a result to take; False when there will be none."""
+        while not self._results and not self._ended:
             self._news.clear()
             await self._news.wait()
-        if self._error is not None:
-            raise self._error
-        cause = self._pool.cause
-        if cause is not None and not isinstance(cause, _Closed):
-            raise cause
+        return bool(self._results)
 
-    def close(self) -> None:
-        """The caller has had enough: what is in flight is cut off."""
-        if not self._ended:
-            self._pool.stop(_Closed("no more results are wanted"))
+    def take(self) -> Result:
+        self._room.set()
+        return self._results.popleft()
 
-    async def _read_all(self, rows: Iterator[str | Mapping[str, JSONValue]]) -> None:
-        try:
-            await self._read(rows)
-        except Exception as exc:  # the caller's iterable failed: it is theirs to see
-            self._error = exc
-            self.close()
+    # For the reader
 
-    async def _read(self, rows: Iterator[str | Mapping[str, JSONValue]]) -> None:
-        number = 0
-        for number, row in enumerate(rows):
-            while len(self._results) >= UNREAD_RESULTS or len(self._ids) >= UNREAD_RESULTS:
-                self._room.clear()
-                await self._room.wait()
-            built = self._builders.request(number, row)
-            if isinstance(built, Result):
-                self._give(built)
-                continue
-            request, custom_id = built
-            self._ids[number] = custom_id
-            self._feed.put([request])
-            self._pool.staff()
-            if number % READ_AHEAD == 0:
-                await asyncio.sleep(0)
-        self._feed.end()
-        self._pool.staff()
+    async def room(self) -> None:
+        """Wait until neither too many rows are on their way nor too many results unread."""
+        while len(self._results) >= UNREAD_RESULTS or len(self._ids) >= UNREAD_RESULTS:
+            self._room.clear()
+            await self._room.wait()
 
-    def _give(self, result: Result) -> None:
+    def expect(self, row: int, custom_id: str) -> None:
+        self._ids[row] = custom_id
+
+    def give(self, result: Result) -> None:
         self._results.append(result)
         self._news.set()
 
-    # What the pool reports
+    def end(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    # For the pool
 
     def sending(self, request: Request) -> None:
         """Nothing is journaled here."""
 
-    def failed(self, request: Request, decision: Decision, *, again: bool) -> None:
-        if decision.kind == "fatal":
-            self._pool.stop(refusal(self._host, decision))
+    def failed(
+        self, request: Request, decision: Decision, *, again: bool
+    ) -> EndpointRefused | None:
+        return refusal(self._host, decision) if decision.kind == "fatal" else None
 
     def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
         outcome = outcome_of(request, attempt, decision, tries)
-        self._give(result_of(self._ids.pop(request.row), outcome))
+        self.give(result_of(self._ids.pop(request.row), outcome))
         self._room.set()
 
     def resent(self, times: int) -> None:
@@ -231,6 +135,47 @@ class _Session:
 
     def idle(self) -> None:
         """Nothing is buffered here."""
+
+
+class _Reader:
+    """Builds requests from the caller's iterable, on the caller's own thread."""
+
+    def __init__(
+        self,
+        builders: _Builders,
+        rows: Iterator[str | Mapping[str, JSONValue]],
+        desk: _ResultDesk,
+        end: EarlyEnd,
+    ) -> None:
+        self._builders = builders
+        self._rows = rows
+        self._desk = desk
+        self._end = end
+        self.error: Exception | None = None
+
+    async def fill(self, feed: Feed, staff: Callable[[], None]) -> None:
+        try:
+            await self._fill(feed, staff)
+        except Exception as exc:  # the caller's iterable failed: it is theirs to see
+            self.error = exc
+            self._end.tell(_Closed("the requests cannot be read on"))
+
+    async def _fill(self, feed: Feed, staff: Callable[[], None]) -> None:
+        for number, row in enumerate(self._rows):
+            await self._desk.room()
+            built = self._builders.request(number, row)
+            if isinstance(built, Result):
+                self._desk.give(built)
+                continue
+            request, custom_id = built
+            self._desk.expect(number, custom_id)
+            if not feed.put([request], wait=False):
+                return
+            staff()
+            if number % READ_AHEAD == 0:
+                await asyncio.sleep(0)
+        feed.end()
+        staff()
 
 
 class _Closed(BatchrunError):

@@ -8,5 +8,5 @@ from batchrun.runs.opening import chat_endpoint
 
 async def models(config: RunConfig) -> list[str]:
     """The model names that the endpoint offers to this key."""
-    async with chat_endpoint(config) as (endpoint, _):
+    async with chat_endpoint(config) as endpoint:
         return await endpoint.models()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,22 +13,18 @@ from pathlib import Path
 
 from batchrun import process
 from batchrun.chat import PromptSettings
-from batchrun.config import STATE_SUFFIX, IfLocked, RunConfig
+from batchrun.config import MAX_CONCURRENCY, STATE_SUFFIX, IfLocked, RunConfig
 from batchrun.console import FileFacts, Progress
 from batchrun.endpoint import ChatEndpoint
 from batchrun.errors import LocalIOError, Locked, UsageError
 from batchrun.journal import Lock, StateDir, locate
 from batchrun.journal import locked as lock_state
 from batchrun.mock import Knobs, MockServer
-from batchrun.providers import DEFAULT_MODEL, Endpoint, full_url, provider_of
+from batchrun.providers import DEFAULT_MODEL, MOCK, Endpoint, full_url, provider_of
 from batchrun.runs import plan
 from batchrun.runs.plan import Source
 from batchrun.runs.stop import Stop
-
-MOCK_HOST = "mock"
-
-
-MOCK_ENDPOINT = Endpoint("", MOCK_HOST, MOCK_HOST, None, None, None, None)
+from batchrun.secret import Secret
 
 
 def prompt_settings(config: RunConfig) -> PromptSettings:
@@ -37,15 +33,11 @@ def prompt_settings(config: RunConfig) -> PromptSettings:
 
 
 def model_of(config: RunConfig) -> str | None:
-    if config.model is not None:
-        return config.model
-    return DEFAULT_MODEL if config.endpoint is None else config.endpoint.default_model
+    return config.endpoint.default_model if config.model is None else config.model
 
 
 def _asks_usage(config: RunConfig) -> bool:
     """Whether a stream of this endpoint tells its usage only when asked."""
-    if config.endpoint is None:
-        return False
     provider = provider_of(config.endpoint.url)
     is_default = config.endpoint.default_model == DEFAULT_MODEL
     return not is_default and (provider is None or provider.name != "mistral")
@@ -131,26 +123,40 @@ def state_dir(config: RunConfig) -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def chat_endpoint(config: RunConfig) -> AsyncIterator[tuple[ChatEndpoint, str]]:
-    """The endpoint to send to and its name for people; with --mock the one inside."""
-    if config.endpoint is None:
+async def chat_endpoint(config: RunConfig) -> AsyncIterator[ChatEndpoint]:
+    """The endpoint to send to, open until the end of the block."""
+    if config.endpoint == MOCK:
         async with MockServer(Knobs()) as server:
-            inside = replace(MOCK_ENDPOINT, url=full_url(server.url, MOCK_ENDPOINT.path))
-            async with _client(inside, config) as endpoint:
-                yield endpoint, MOCK_HOST
+            inside = replace(MOCK, url=full_url(server.url, MOCK.path))
+            # The other ends of its connections are in this process too.
+            async with _client(config, inside, sockets_each=2) as endpoint:
+                yield endpoint
     else:
-        async with _client(config.endpoint, config) as endpoint:
-            yield endpoint, config.endpoint.host
+        async with _client(config, config.endpoint, config.headers, proxied=True) as endpoint:
+            yield endpoint
 
 
-def _client(endpoint: Endpoint, config: RunConfig) -> ChatEndpoint:
+def _client(
+    config: RunConfig,
+    endpoint: Endpoint,
+    headers: Sequence[tuple[str, Secret]] = (),
+    *,
+    proxied: bool = False,
+    sockets_each: int = 1,
+) -> ChatEndpoint:
     return ChatEndpoint(
         endpoint,
-        () if config.mock else config.headers,
+        headers,
         timeout_s=config.timeout_s,
         connect_timeout_s=config.connect_timeout_s,
-        proxied=not config.mock,
+        proxied=proxied,
+        room=process.room_for_sockets(wanted_room(config) * sockets_each) // sockets_each,
     )
+
+
+def wanted_room(config: RunConfig) -> int:
+    """How many requests may be in flight, if this process may open as many connections."""
+    return config.concurrency or MAX_CONCURRENCY
 
 
 def state_of(output: str, state_dir: Path | None) -> Path:

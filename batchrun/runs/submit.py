@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from batchrun import chat, console, inputs, outputs, process, sending
-from batchrun.config import MAX_CONCURRENCY, STDIN, VERSION, JSONValue, RunConfig, default_output
+from batchrun.config import STDIN, VERSION, JSONValue, RunConfig, default_output
 from batchrun.console import Progress, Snapshot, StartFacts
 from batchrun.endpoint import ChatEndpoint
 from batchrun.errors import (
@@ -51,7 +51,6 @@ from batchrun.journal import (
 from batchrun.outputs import Footer, OutputTally
 from batchrun.runs import plan
 from batchrun.runs.opening import (
-    MOCK_HOST,
     chat_endpoint,
     check_output,
     file_facts,
@@ -61,6 +60,7 @@ from batchrun.runs.opening import (
     now_utc,
     prompt_settings,
     state_dir,
+    wanted_room,
 )
 from batchrun.runs.stop import Stop
 from batchrun.runs.unused import Kept, Unused
@@ -101,7 +101,7 @@ async def run(
     ``rows`` are what the input ``-`` stands for, instead of stdin: dicts or an Arrow table.
     """
     talk = talk or Progress(quiet=True)
-    stop = Stop(config, talk)
+    stop = Stop(talk)
     with ExitStack() as stack:
         if handle_signals:
             stack.enter_context(process.signals(stop.on_signal, stop.at_once, stop.last_words))
@@ -413,37 +413,28 @@ class _Run:
         # What an earlier run left here must not speak for this one.
         write_status(self.state, self._status(self.before.ok, self.before.failed))
         with process.patient_collector():
-            async with chat_endpoint(config) as (endpoint, host):
+            job = sending.Job(
+                config,
+                plan.requests(self.plan, self.book, config),
+                one_model=len(self.plan.models) < 2,
+                before=self.before,
+            )
+            async with chat_endpoint(config) as endpoint:
+                self._note_little_room(endpoint.room)
                 delivered = await sending.deliver(
-                    config,
-                    endpoint,
-                    host,
-                    plan.requests(self.plan, self.book, config),
-                    self.book,
-                    self.before,
-                    self.talk,
-                    room=self._room(),
-                    one_model=len(self.plan.models) < 2,
-                    on_pool=self.stop.attach,
-                    watch=self._write_status,
+                    job, endpoint, self.book, self.stop, self.talk, self._write_status
                 )
                 self.sending_s = time.monotonic() - self.sending_since_s
                 if delivered.wrong_model:
                     delivered = await _with_offer(delivered, endpoint)
                 return delivered
 
-    def _room(self) -> int:
-        """How many requests may be in flight, as far as open files go."""
-        # The stand-in's own ends of the connections are in this process too.
-        each = 2 if self.config.mock else 1
-        wanted = self.config.concurrency or MAX_CONCURRENCY
-        room = process.room_for_sockets(wanted * each) // each
-        if room < wanted:
+    def _note_little_room(self, room: int) -> None:
+        if room < wanted_room(self.config):
             self._note(
                 f"at most {count(room, 'request')} in flight, for want of open files (ulimit -n)"
             )
             self.talk.note(self.summary.notes[-1])
-        return room
 
     def _publish(self) -> Footer:
         """Write the output from the journal, whole or not at all."""
@@ -582,8 +573,7 @@ class _Run:
         summary.reason = reason
         summary.finished_at = now_utc()
         summary.wall_s = round(time.monotonic() - self.started_s, 3)
-        if self.config.endpoint is not None:
-            summary.endpoint = hidden_in_url(self.config.endpoint.url)
+        summary.endpoint = hidden_in_url(self.config.endpoint.url) or None
         summary.next_steps = summary.next_steps or console.next_steps(summary)
         return summary
 
@@ -605,10 +595,10 @@ class _Run:
             continues_since_ms=self.book.header.created_at_ms
             if self._continues_answers()
             else None,
-            base_url=endpoint.base_url if endpoint else MOCK_HOST,
-            host=endpoint.host if endpoint else MOCK_HOST,
+            base_url=endpoint.base_url,
+            host=endpoint.host,
             model=model_of(config),
-            key_name=endpoint.key_name if endpoint else None,
+            key_name=endpoint.key_name,
             synthetic=config.mock,
             hosts_before=tuple(host for host in self.hosts_before if host != self._host),
             renamed=tuple(self.plan.carried.renamed),
@@ -621,7 +611,7 @@ class _Run:
 
     @property
     def _host(self) -> str:
-        return self.config.endpoint.host if self.config.endpoint else MOCK_HOST
+        return self.config.endpoint.host
 
     def _hosts(self) -> list[str]:
         return list(dict.fromkeys([*self.hosts_before, self._host]))

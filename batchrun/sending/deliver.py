@@ -1,37 +1,48 @@
-"""Send what is pending: the pool, the limits, the endpoint and the journal, working together.
+"""The door to sending: a job goes in, a journal fills, and what it amounted to comes out.
 
-The order of writes is the promise: a SENT record is in the journal before a request's first byte
-leaves, an outcome is in the journal before it counts, and one write serves both (the outcome of a
-worker's last row and the SENT of its next). fdatasync runs once a second in a thread of its own.
+Another lane (a provider's batch API) or another place to run parts (processes, a cluster) stands
+where ``deliver`` stands, and promises the same:
+
+- A SENT record is in the journal before a request's first byte leaves.
+- An outcome is in the journal before it counts; an answer that came is never dropped.
+- Once ``end`` is told, nothing new leaves; what is on its way is waited for up to
+  ``config.drain_s`` seconds (not at all when urgent), and the rest stays pending, in doubt.
+- A row's failure is an outcome. What ends the run is returned as ``cause``; only bugs raise.
+- When it returns, everything journaled is durable, unless the disk is the cause.
+
+Here one write serves both records (the outcome of a worker's last row and the SENT of its next),
+and fdatasync runs once a second in a thread of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 from batchrun.config import RunConfig
 from batchrun.console import Progress, Snapshot
 from batchrun.endpoint import ChatEndpoint
-from batchrun.errors import BatchrunError
+from batchrun.errors import EXIT_IO, BatchrunError
 from batchrun.journal import Journal
-from batchrun.limits import Limits, LimitSettings
-from batchrun.sending import patience
-from batchrun.sending.classify import classify
-from batchrun.sending.desk import Desk
-from batchrun.sending.feed import Feed
+from batchrun.sending.desk import JournalDesk
 from batchrun.sending.meter import Meter, Totals
 from batchrun.sending.pool import Pool
+from batchrun.sending.sender import TICK_S, EarlyEnd, Sender, read_ahead
 from batchrun.sending.tally import RunTally
 from batchrun.types import Bound, Request
 
-TICK_S = 0.2
-
-
 SYNC_S = 1.0
+
+
+class Job(NamedTuple):
+    """What is to be sent, whichever lane takes it."""
+
+    config: RunConfig
+    requests: Iterator[list[Request]]  # iterated in a thread of its own, ahead of the sending
+    one_model: bool  # every request names the same
+    before: Totals
 
 
 class Delivered(NamedTuple):
@@ -45,121 +56,36 @@ class Delivered(NamedTuple):
 
 
 class Watch(Protocol):
-    """Asked about once a second with what a second process may want to know."""
+    """Asked about once a second, in a thread, with what a second process may want to know."""
 
     def __call__(self, snapshot: Snapshot, bound_by: Bound) -> None: ...
 
 
 async def deliver(
-    config: RunConfig,
-    endpoint: ChatEndpoint,
-    host: str,
-    requests: Iterator[list[Request]],
-    journal: Journal,
-    before: Totals,
-    talk: Progress,
-    *,
-    room: int,
-    one_model: bool,
-    on_pool: Callable[[Pool], None],
-    watch: Watch,
+    job: Job, endpoint: ChatEndpoint, journal: Journal, end: EarlyEnd, talk: Progress, watch: Watch
 ) -> Delivered:
-    """Send ``requests`` until they are settled or something ends the run.
-
-    ``room`` is how many connections this process can open. ``on_pool`` is given the pool before
-    anything is sent: whoever catches signals stops it.
-    """
-    limits = admission_for(config, host, room)
-    limits.on_change = talk.detail
-    desk = Desk(config, journal, host)
-    feed = Feed()
-    pool = Pool(
-        feed=feed,
-        send=endpoint.send,
-        judge=classify,
-        admission=limits,
-        persistence=persistence_for(config),
-        desk=desk,
-        drain_s=config.drain_s,
-        one_model=one_model,
-    )
-    desk.stop = pool.stop
-    on_pool(pool)
-    loop = asyncio.get_running_loop()
-
-    meter = Meter(limits, feed, pool, desk.tally, before)
-    with (
-        ThreadPoolExecutor(1, "batchrun-read") as reader,
-        ThreadPoolExecutor(1, "batchrun-sync") as syncer,
-    ):
-        reading = loop.run_in_executor(reader, _read_ahead, requests, feed, loop, pool)
-        async with asyncio.TaskGroup() as group:
-            helpers = [
-                group.create_task(watch_limits(limits, pool, lambda: talk.update(meter.sample()))),
-                group.create_task(_keep_durable(journal, pool, syncer, meter, watch)),
-            ]
-            try:
-                cause = await pool.run()
-            finally:
-                feed.close()
-                for helper in helpers:
-                    helper.cancel()
-                await reading
-    if cause is None or cause.exit_code != 74:
+    """Send the job's requests until they are settled or something ends the run."""
+    desk = JournalDesk(journal, endpoint.host, abort_after=job.config.abort_after)
+    sender = Sender(job.config, endpoint, desk, talk, one_model=job.one_model)
+    meter = Meter(sender, desk.tally, job.before)
+    with ThreadPoolExecutor(1, "batchrun-sync") as syncer:
+        cause = await sender.run(
+            read_ahead(job.requests),
+            end,
+            _show(meter, talk),
+            _keep_durable(journal, sender.pool, syncer, meter, watch),
+        )
+    if cause is None or cause.exit_code != EXIT_IO:
         desk.idle()
         await asyncio.to_thread(journal.sync)
     talk.update(meter.snapshot())
     return Delivered(cause, desk.tally, meter.bound_by(), desk.reopened, desk.wrong_model)
 
 
-def admission_for(config: RunConfig, host: str, room: int) -> Limits:
-    """``room`` is how many requests may be in flight at the very most."""
-    settings = LimitSettings(
-        concurrency=config.concurrency and min(config.concurrency, room),
-        max_concurrency=room,
-        rpm=config.rpm,
-        tpm=config.tpm,
-        max_wait_s=config.max_wait_s,
-        max_outage_s=config.max_outage_s,
-    )
-    return Limits(settings, host=host)
-
-
-def persistence_for(config: RunConfig) -> patience.Persistence:
-    return patience.Persistence(
-        max_retries=config.max_retries,
-        max_in_doubt_retries=config.max_in_doubt_retries,
-        max_wait_s=config.max_wait_s,
-    )
-
-
-def _read_ahead(
-    requests: Iterator[list[Request]], feed: Feed, loop: asyncio.AbstractEventLoop, pool: Pool
-) -> None:
-    """The reader's thread: fill the feed until the input ends or nobody wants more."""
-    error: BaseException | None = None
-    try:
-        for batch in requests:
-            if not feed.put(batch):
-                break
-            loop.call_soon_threadsafe(pool.staff)
-    except BaseException as exc:  # raised again by the pool, on the loop's thread
-        error = exc
-    feed.end(error)
-    loop.call_soon_threadsafe(pool.staff)
-
-
-async def watch_limits(
-    limits: Limits, pool: Pool, each_tick: Callable[[], None] = lambda: None
-) -> None:
-    """Ask the limits five times a second whether going on is of use; runs until cancelled."""
+async def _show(meter: Meter, talk: Progress) -> None:
     while True:
         await asyncio.sleep(TICK_S)
-        verdict = limits.stop(time.monotonic())
-        if verdict is not None and not pool.stopping:
-            pool.stop(verdict)
-        pool.staff()
-        each_tick()
+        talk.update(meter.sample())
 
 
 async def _keep_durable(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from batchrun import chat
-from batchrun.config import RunConfig
-from batchrun.errors import BatchrunError, EndpointRefused
+from batchrun.errors import EndpointRefused
 from batchrun.journal import Held, Journal
 from batchrun.sending.classify import NEXT_STEPS
 from batchrun.sending.tally import RunTally
@@ -27,18 +24,19 @@ def refusal(host: str, decision: Decision) -> EndpointRefused:
     return EndpointRefused(f"{host} {decision.reason}", next_steps=(advice,) if advice else ())
 
 
-class Desk:
-    """Journals what the pool reports, then counts it, and ends a run that fails from its start."""
+class JournalDesk:
+    """A pool's desk. After ``abort_after`` rows that failed alike, with never an answer, it ends
+    the run and opens those rows again; 0 compares nothing.
+    """
 
-    def __init__(self, config: RunConfig, journal: Journal, host: str) -> None:
+    def __init__(self, journal: Journal, host: str, *, abort_after: int) -> None:
         self.tally = RunTally()
         self.reopened = 0
         self.wrong_model = False
-        self.stop: Callable[[BatchrunError], None] = _no_pool_yet
         self._journal = journal
         self._host = host
         self._unwritten: list[tuple[Outcome, Reply | None, int]] = []
-        self._abort_after = config.abort_after
+        self._abort_after = abort_after
         self._ever_ok = journal.count(Held.OK) > 0
         self._alike: dict[str, list[int]] = {}
 
@@ -46,27 +44,33 @@ class Desk:
         self._journal.sending(request.hash, request.occurrence, request.slot)
         self._write()
 
-    def failed(self, request: Request, decision: Decision, *, again: bool) -> None:
+    def failed(
+        self, request: Request, decision: Decision, *, again: bool
+    ) -> EndpointRefused | None:
         self._journal.failed(
             request.hash, request.occurrence, request.slot, in_doubt=decision.in_doubt
         )
         self.tally.attempt_failed(decision, again=again)
-        if decision.kind == "fatal":
-            self.wrong_model = decision.code == "model_not_found"
-            self.stop(refusal(self._host, decision))
+        if decision.kind != "fatal":
+            return None
+        self.wrong_model = decision.code == "model_not_found"
+        return refusal(self._host, decision)
 
-    def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
+    def settled(
+        self, request: Request, attempt: Attempt, decision: Decision, tries: Tries
+    ) -> EndpointRefused | None:
         outcome = outcome_of(request, attempt, decision, tries)
         self._journal.settled(request.slot, outcome)
         self._unwritten.append((outcome, attempt.reply, request.row))
         if decision.kind == "ok":
             self._ever_ok = True
-            return
+            return None
         self.tally.attempt_failed(decision, again=False)
         # Rows that may have been billed so often are not opened again for a next run to pay for.
         may_compare = self._abort_after and decision.alike and not tries.doubt_spent
         if may_compare and not self._ever_ok:
-            self._compare(request.slot, decision)
+            return self._compare(request.slot, decision)
+        return None
 
     def resent(self, times: int) -> None:
         self.tally.resent(times)
@@ -85,25 +89,21 @@ class Desk:
                 self.tally.add(outcome, reply, row)
             self._unwritten.clear()
 
-    def _compare(self, slot: int, decision: Decision) -> None:
+    def _compare(self, slot: int, decision: Decision) -> EndpointRefused | None:
         if self.reopened:
             # Those in flight when the run was ended: of the same cause, or no better known.
             self._journal.reopen(slot)
             self.reopened += 1
-            return
+            return None
         slots = self._alike.setdefault(decision.alike, [])
         slots.append(slot)
         if len(slots) < self._abort_after:
-            return
+            return None
         for refused in slots:
             self._journal.reopen(refused)
         self.reopened = len(slots)
         first = f"{len(slots):,} rows all failed the same way" if slots[1:] else "row failed"
-        self.stop(EndpointRefused(f"the first {first}: {decision.reason}"))
-
-
-def _no_pool_yet(cause: BatchrunError) -> None:
-    raise cause
+        return EndpointRefused(f"the first {first}: {decision.reason}")
 
 
 def outcome_of(request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> Outcome:

@@ -30,12 +30,15 @@ class Feed:
         self.ended = False
         self.error: BaseException | None = None
 
-    def put(self, batch: Iterable[Request]) -> bool:
-        """Called by the reader: waits for room; False when nobody wants more."""
+    def put(self, batch: Iterable[Request], *, wait: bool = True) -> bool:
+        """Called by the reader: waits for room; False when nobody wants more.
+
+        Without ``wait`` it is for a reader on the loop's thread, who knows other bounds.
+        """
         requests = deque(batch)
         size = sum(len(r.body) for r in requests)
         with self._room:
-            while not self._closed and self._rows and self._full(len(requests), size):
+            while wait and not self._closed and self._rows and self._full(len(requests), size):
                 self._room.wait()
             if self._closed:
                 return False

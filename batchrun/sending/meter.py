@@ -7,9 +7,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from batchrun.console import Snapshot
-from batchrun.limits import Limits
-from batchrun.sending.feed import Feed
-from batchrun.sending.pool import Pool
+from batchrun.sending.sender import Sender
 from batchrun.sending.tally import RunTally
 from batchrun.types import Bound
 
@@ -28,12 +26,10 @@ class Totals(NamedTuple):
 class Meter:
     """Measures the run for the bar, the status file and the question what bounds it."""
 
-    def __init__(
-        self, limits: Limits, feed: Feed, pool: Pool, tally: RunTally, before: Totals
-    ) -> None:
-        self._limits = limits
-        self._feed = feed
-        self._pool = pool
+    def __init__(self, sender: Sender, tally: RunTally, before: Totals) -> None:
+        self._limits = sender.limits
+        self._feed = sender.feed
+        self._pool = sender.pool
         self._tally = tally
         self._before = before
         self._votes: Counter[Bound] = Counter()

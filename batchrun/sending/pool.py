@@ -45,15 +45,19 @@ class Admission(Protocol):
 
 
 class Desk(Protocol):
-    """Where the pool reports. A BatchrunError raised here ends the run at once."""
+    """Where the pool reports. A BatchrunError raised here ends the run at once; one that is
+    returned ends it too, but what is in flight may still arrive.
+    """
 
     def sending(self, request: Request) -> None:
         """A first byte is about to leave. Returns when that is written."""
 
-    def failed(self, request: Request, decision: Decision, *, again: bool) -> None:
+    def failed(self, request: Request, decision: Decision, *, again: bool) -> BatchrunError | None:
         """An attempt ended and its row is not settled: it is tried ``again``, or stays pending."""
 
-    def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
+    def settled(
+        self, request: Request, attempt: Attempt, decision: Decision, tries: Tries
+    ) -> BatchrunError | None:
         """The row has its outcome."""
 
     def resent(self, times: int) -> None:
@@ -264,25 +268,27 @@ class Pool:
         self._admission.done(request, attempt, decision, attempt.ended_s)
         if decision.kind == "ok":
             tries = self._persistence.settle(request) or FIRST
-            self._desk.settled(request, attempt, decision, tries)
+            cause = self._desk.settled(request, attempt, decision, tries)
         else:
-            self._go_on(request, attempt, decision)
+            cause = self._go_on(request, attempt, decision)
+        if cause is not None:
+            self.stop(cause)
         if self._admission.window > window:
             self.staff()
 
-    def _go_on(self, request: Request, attempt: Attempt, decision: Decision) -> None:
+    def _go_on(
+        self, request: Request, attempt: Attempt, decision: Decision
+    ) -> BatchrunError | None:
         stays_pending = self.cause is not None and decision.kind != "rejected"
         if decision.kind == "fatal" or stays_pending:
-            self._desk.failed(request, decision, again=False)
-            return
+            return self._desk.failed(request, decision, again=False)
         verdict = self._persistence.after(request, decision)
         if verdict.wait_s is None:
-            self._desk.settled(request, attempt, decision, verdict.tries)
-            return
-        self._desk.failed(request, decision, again=True)
+            return self._desk.settled(request, attempt, decision, verdict.tries)
         self._parked[request.row] = self._loop.call_later(
             verdict.wait_s, self._guarded, self._unpark, request
         )
+        return self._desk.failed(request, decision, again=True)
 
     def _unpark(self, request: Request) -> None:
         del self._parked[request.row]

@@ -32,7 +32,7 @@ from batchrun.cli.options import (
 )
 from batchrun.config import RunConfig, default_output, output_format
 from batchrun.errors import UsageError
-from batchrun.providers import DEFAULT_BASE_URL, DEFAULT_MODEL
+from batchrun.providers import DEFAULT_BASE_URL, DEFAULT_MODEL, MOCK
 
 COMMANDS = sorted(cli.commands)
 KEY = "sk-0123456789-very-secret"
@@ -198,7 +198,6 @@ def test_a_typed_url_sets_the_environments_provider_and_its_key_aside() -> None:
         provider=Layer.ENVIRONMENT,
         base_url=Layer.COMMANDLINE,
     )
-    assert config.endpoint is not None
     assert (config.endpoint.host, config.endpoint.key, config.model) == (
         "127.0.0.1:8000",
         None,
@@ -215,7 +214,6 @@ def test_a_typed_provider_sets_the_environments_url_and_key_variable_aside() -> 
         base_url=Layer.ENVIRONMENT,
         api_key_env=Layer.ENVIRONMENT,
     )
-    assert config.endpoint is not None
     assert config.endpoint.host == "api.mistral.ai"
     assert config.endpoint.key_name == "$MISTRAL_API_KEY"
     assert config.model == "mistral-small-latest"
@@ -223,13 +221,12 @@ def test_a_typed_provider_sets_the_environments_url_and_key_variable_aside() -> 
 
 def test_without_any_choice_the_default_endpoint_and_model_are_used() -> None:
     config = _config(Options(inputs=("a.jsonl",)), environ={"BATCHRUN_API_KEY": KEY})
-    assert config.endpoint is not None
     assert (config.endpoint.base_url, config.model) == (DEFAULT_BASE_URL, DEFAULT_MODEL)
 
 
 def test_mock_needs_no_endpoint_and_no_key() -> None:
     config = _config(Options(inputs=("a.jsonl",), mock=True))
-    assert config.endpoint is None
+    assert config.endpoint is MOCK
     assert (config.output, config.model) == ("a.mock.parquet", DEFAULT_MODEL)
 
 
@@ -237,7 +234,6 @@ def test_what_sends_nothing_needs_and_reads_no_key() -> None:
     given = Given(environ={"MISTRAL_API_KEY": KEY})
     options = Options(inputs=("a.jsonl", "b.jsonl"), provider="mistral")
     config = build_config(options, given, sends=False)
-    assert config.endpoint is not None
     assert config.endpoint.key is None
     assert config.endpoint.url == "https://api.mistral.ai/v1/chat/completions"
 

@@ -136,9 +136,12 @@ class Run:
     ) -> None:
         self.server = server
         self.now = 0.0
-        self.limits = Limits(settings or LimitSettings(), host=HOST)
         self.changes: list[tuple[float, str]] = []
-        self.limits.on_change = lambda change: self.changes.append((self.now, change))
+        self.limits = Limits(
+            settings or LimitSettings(),
+            host=HOST,
+            on_change=lambda change: self.changes.append((self.now, change)),
+        )
         self.sent: list[float] = []
         self.sent_rows: list[tuple[float, Request]] = []
         self.answered: list[float] = []
@@ -404,9 +407,8 @@ def test_the_first_answer_opens_the_way_and_a_refusal_does_not() -> None:
 
 
 def test_a_refusal_that_names_its_quota_does_not_cut_the_window() -> None:
-    limits = opened(Limits(LimitSettings()))
     changes: list[str] = []
-    limits.on_change = changes.append
+    limits = opened(Limits(LimitSettings(), on_change=changes.append))
     said = attempt(status=429, headers=mistral_headers(Server(rate=100, depth=0)))
     rows = fill(limits, 0.0)
     for row in rows[:12]:
@@ -795,9 +797,8 @@ def fill(limits: Limits, now: float, first_row: int = 0) -> list[Request]:
 
 @pytest.mark.parametrize("refusal", [REFUSED, OVERLOADED], ids=["no wait named", "capacity"])
 def test_one_burst_of_refusals_is_one_cut(refusal: Decision) -> None:
-    limits = opened(Limits(LimitSettings()))
     changes: list[str] = []
-    limits.on_change = changes.append
+    limits = opened(Limits(LimitSettings(), on_change=changes.append))
     for number, row in enumerate(fill(limits, 0.0)):
         now = 0.2 + number / 1000
         limits.done(row, attempt(now=now, status=429), refusal, now)

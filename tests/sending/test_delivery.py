@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.api import make_config
 from batchrun.cli.main import run_command
 from batchrun.console.progress import Progress
 from batchrun.errors import Interrupted, StoppedEarly
@@ -41,7 +42,6 @@ from batchrun.mock.replies import (
     fault_reply,
 )
 from batchrun.mock.server import MockServerThread
-from batchrun.runs.complete import make_config
 from batchrun.runs.stop import Stop
 from batchrun.runs.submit import run
 
@@ -178,8 +178,8 @@ def test_a_second_signal_ends_it_at_once(mock: StartMock, running: StartRun) -> 
 
 @pytest.mark.parametrize("first", ["signal", "deadline"])
 def test_a_signal_outranks_a_deadline(first: str) -> None:
-    stop = Stop(make_config("in.jsonl", mock=True), Progress(quiet=True))
-    causes = [partial(stop.on_signal, signal.SIGINT), partial(stop.now, StoppedEarly("too late"))]
+    stop = Stop(Progress(quiet=True))
+    causes = [partial(stop.on_signal, signal.SIGINT), partial(stop.tell, StoppedEarly("too late"))]
     for act in causes if first == "signal" else causes[::-1]:
         act()
     with pytest.raises(Interrupted):

@@ -126,12 +126,16 @@ class Book:
     def sending(self, request: Request) -> None:
         self.sent.append(request.row)
 
-    def failed(self, request: Request, decision: Decision, *, again: bool) -> None:
+    def failed(self, request: Request, decision: Decision, *, again: bool) -> BatchrunError | None:
         (self.again if again else self.pending).append(request.row)
+        return None
 
-    def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
+    def settled(
+        self, request: Request, attempt: Attempt, decision: Decision, tries: Tries
+    ) -> BatchrunError | None:
         self.settled_rows.append((request.row, decision.code))
         self.tries[request.row] = tries
+        return None
 
     def resent(self, times: int) -> None: ...
 
@@ -505,16 +509,15 @@ def test_answers_that_come_while_draining_are_kept_and_failures_stay_pending() -
 
 def test_a_fatal_decision_settles_nothing() -> None:
     class Stopping(Book):
-        stop: Callable[[BatchrunError], None]
-
-        def failed(self, request: Request, decision: Decision, *, again: bool) -> None:
+        def failed(
+            self, request: Request, decision: Decision, *, again: bool
+        ) -> BatchrunError | None:
             super().failed(request, decision, again=again)
-            self.stop(EndpointRefused("no"))
+            return EndpointRefused("no")
 
     async def story() -> None:
         book = Stopping()
         fake = Fake(map(request, range(100)), judge=lambda r: FATAL, book=book)
-        book.stop = fake.pool.stop
         assert isinstance(await fake.pool.run(), EndpointRefused)
         assert book.sent == [0, 1, 2, 3]
         assert sorted(book.pending) == [0, 1, 2, 3]
