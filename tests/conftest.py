@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import pytest
+from mock_servers import MockServerThread
 
 from batchrun.cli.main import run_command
-from batchrun.mock.replies import Knobs, Respond
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.knobs import Knobs
+from batchrun.mock.replies import Respond
 
 
 class StartMock(Protocol):
@@ -45,7 +46,7 @@ def mock() -> Iterator[StartMock]:
 
 ROOT = Path(__file__).parent.parent
 # What a test's code in a process of its own may import: the project, and tests beside others.
-IMPORTABLE = (ROOT, *(ROOT / "tests" / name for name in ("journal", "stories")))
+IMPORTABLE = (ROOT, *(ROOT / "tests" / name for name in ("support", "journal", "stories")))
 WAIT_S = 30.0  # for events of another process; reached only when something is broken
 
 

@@ -12,11 +12,11 @@ from typing import Any, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mock_servers import MockServerThread
 
 import batchrun
 from batchrun.api import Options, Where
-from batchrun.mock.replies import Knobs
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.knobs import Knobs
 
 PROMPTS = [{"prompt": f"question {number}", "id": number} for number in range(5)]
 

@@ -1,6 +1,6 @@
 """The endpoint of ``--mock`` and ``batchrun mock-server``."""
 
-from batchrun.mock.replies import Knobs
+from batchrun.mock.knobs import Knobs
 from batchrun.mock.server import MockServer, serve
 
 __all__ = [

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-from batchrun.mock.replies import Knobs
+from batchrun.mock.knobs import Knobs
 
 
 class _Bucket:
-    """A token bucket: ``per_minute`` refilled evenly, at most ``burst_s`` seconds of it held."""
+    """A token bucket: ``per_minute`` refilled evenly, at most a minute of it held."""
 
-    def __init__(self, per_minute: float, burst_s: float, now: float) -> None:
+    def __init__(self, per_minute: float, now: float) -> None:
         self.per_minute = per_minute
         self._per_second = per_minute / 60
-        self.capacity = max(1.0, self._per_second * burst_s)
+        self.capacity = max(1.0, per_minute)
         self._level = self.capacity
         self._at = now
 
@@ -37,8 +37,8 @@ class Quota:
 
     def __init__(self, knobs: Knobs, now: float) -> None:
         self._knobs = knobs
-        self._requests = _Bucket(knobs.rpm, knobs.burst_s, now) if knobs.rpm else None
-        self._tokens = _Bucket(knobs.tpm, knobs.burst_s, now) if knobs.tpm else None
+        self._requests = _Bucket(knobs.rpm, now) if knobs.rpm else None
+        self._tokens = _Bucket(knobs.tpm, now) if knobs.tpm else None
 
     def fits(self, tokens: int) -> bool:
         return self._tokens is None or tokens <= self._tokens.capacity

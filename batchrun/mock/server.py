@@ -26,11 +26,9 @@ import contextlib
 import hashlib
 import signal
 import ssl
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -40,24 +38,23 @@ from aiohttp import web
 from msgspec.structs import replace
 
 from batchrun.errors import LocalIOError
+from batchrun.mock.faults import FAULTS, Fault, chance, check_kinds, fault_of
+from batchrun.mock.knobs import Knobs
 from batchrun.mock.ledger import Entry, Ledger
 from batchrun.mock.quota import Quota
 from batchrun.mock.replies import (
     CREATED,
     DEFAULT_MODELS,
-    FAULTS,
     JSON_HEADERS,
     Chat,
-    Knobs,
     MockReply,
     MockRequest,
     Respond,
     completion,
-    echoed_key,
     error_reply,
-    fault_reply,
+    in_seconds,
     rate_limited,
-    retry_after,
+    wrong_key,
 )
 from batchrun.mock.wire import CLOSE, KEEP, Connections, Wire
 
@@ -71,7 +68,8 @@ class MockServer:
     """The server, inside the running loop: ``async with MockServer(knobs) as server``.
 
     ``url`` is the bare ``http://127.0.0.1:PORT``; the API is there with and without ``/v1``.
-    ``respond`` sees every request first and may return any reply; None leaves it to the knobs.
+    ``respond`` sees every request first and may return any reply; None leaves it to the knobs,
+    whose ``faults`` name those of the table given here: UsageError for another.
     """
 
     def __init__(
@@ -79,6 +77,7 @@ class MockServer:
         knobs: Knobs | None = None,
         *,
         respond: Respond | None = None,
+        faults: Mapping[str, Fault] = FAULTS,
         keep_entries: bool = False,
         ledger_file: BinaryIO | None = None,
         host: str = "127.0.0.1",
@@ -87,9 +86,11 @@ class MockServer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.knobs = knobs or Knobs()
+        check_kinds(self.knobs, faults)
         self.ledger = Ledger(keep=keep_entries, file=ledger_file)
         self.url = ""
         self._respond = respond
+        self._faults = faults
         self._host, self._port, self._tls = host, port, tls
         self._clock = clock
         # Counting costs memory per body, so only where something depends on it.
@@ -99,11 +100,11 @@ class MockServer:
         self._keeps_entries = keep_entries
         self._sendings: Counter[bytes] = Counter()
         self._quotas: dict[str, Quota] = {}
-        self._slots = asyncio.Semaphore(self.knobs.slots) if self.knobs.slots else None
-        self._queued = 0
+        slots = self.knobs.slots
+        self._slots = asyncio.Semaphore(slots) if slots else contextlib.nullcontext()
 
     async def __aenter__(self) -> Self:
-        self._connections = Connections(self._handle, self.ledger, self.knobs.keep_alive_s)
+        self._connections = Connections(self._handle, self.ledger)
         loop = asyncio.get_running_loop()
         try:
             self._listener = await loop.create_server(
@@ -134,31 +135,16 @@ class MockServer:
             await wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         asked = self._asked(request, await request.read())
         entry = self._enter(asked)
-        delivered = goes_on = has_slot = False
+        delivered = goes_on = False
         try:
-            has_slot = await self._slot()
-            reply = self._reply(asked) if has_slot else self._overloaded()
-            delivered = await self._answer(wire, asked, entry, reply)
+            async with self._slots:
+                reply = self._reply(asked)
+                delivered = await self._answer(wire, asked, entry, reply)
             goes_on = request.keep_alive and _goes_on(reply)
         finally:
-            if has_slot and self._slots is not None:
-                self._slots.release()
             self.ledger.end(entry, delivered=delivered)
             self._connections.answered(connection, entry)
         return KEEP if goes_on else CLOSE
-
-    async def _slot(self) -> bool:
-        """Wait for a slot in the queue; False when that is full."""
-        if self._slots is None:
-            return True
-        queue = self.knobs.queue
-        if queue is not None and self._queued >= queue and self._slots.locked():
-            return False
-        self._queued += 1
-        try:
-            return await self._slots.acquire()
-        finally:
-            self._queued -= 1
 
     def _asked(self, request: web.BaseRequest, body: bytes) -> MockRequest:
         digest = hashlib.blake2b(body, digest_size=8).digest()
@@ -218,17 +204,16 @@ class MockServer:
         if self._respond is not None and (scripted := self._respond(asked)) is not None:
             return scripted
         path = asked.path.partition("?")[0]
-        dialect = self.knobs.dialect
         if self.knobs.key is not None and not self._has_key(asked):
-            return echoed_key(asked, MockReply(), self.knobs)
+            return wrong_key(asked)
         if path in _MODELS_PATHS and asked.method == "GET":
             return MockReply(body=self._model_list(), headers=JSON_HEADERS)
         if path not in _CHAT_PATHS | _MODELS_PATHS:
-            return error_reply(404, f"no such path: {path}", code="not_found", dialect=dialect)
+            return error_reply(404, f"no such path: {path}", code="not_found")
         if path in _MODELS_PATHS or asked.method != "POST":
-            return error_reply(405, f"{asked.method} is not allowed here", dialect=dialect)
+            return error_reply(405, f"{asked.method} is not allowed here")
         if asked.chat is None:
-            return error_reply(400, asked.problem, code="invalid_request", dialect=dialect)
+            return error_reply(400, asked.problem, code="invalid_request")
         if self.knobs.models and asked.chat.model not in self.knobs.models:
             return self._no_such_model(asked.chat.model)
         return self._metered(asked, asked.chat)
@@ -244,22 +229,8 @@ class MockServer:
         return msgspec.json.encode({"object": "list", "data": data})
 
     def _no_such_model(self, model: str) -> MockReply:
-        if self.knobs.dialect == "mistral":
-            return error_reply(
-                400, f"Invalid model: {model}", type="invalid_model", code="1500", dialect="mistral"
-            )
         return error_reply(
             404, f"The model {model!r} does not exist", code="model_not_found", param="model"
-        )
-
-    def _overloaded(self) -> MockReply:
-        if self.knobs.dialect == "mistral":
-            return fault_reply("429-capacity", _NOTHING_ASKED, self.knobs)
-        return error_reply(
-            503,
-            "The server is overloaded",
-            type="service_unavailable_error",
-            code="server_is_overloaded",
         )
 
     def _metered(self, asked: MockRequest, chat: Chat) -> MockReply:
@@ -278,21 +249,18 @@ class MockServer:
         elif wait_s is None:
             reply = _too_large_for_quota(knobs, tokens)
         else:
-            reply = rate_limited(retry_after(knobs.retry_after, wait_s), knobs.dialect)
+            reply = rate_limited(in_seconds(wait_s))
         told = quota.headers(tokens, now)
         return replace(reply, headers={**reply.headers, **told}) if told else reply
 
     def _faulty(self, asked: MockRequest, answer: MockReply) -> MockReply:
         knobs = self.knobs
-        kind = _fault_of(asked, knobs)
-        reply = replace(FAULTS[kind](asked, answer, knobs), fault=kind) if kind else answer
+        kind = fault_of(asked, knobs)
+        reply = replace(self._faults[kind](asked, answer, knobs), fault=kind) if kind else answer
         if knobs.latency_s or knobs.latency_jitter_s:
-            more_s = knobs.latency_jitter_s * _chance(asked, knobs, b"latency")
+            more_s = knobs.latency_jitter_s * chance(asked, knobs, b"latency")
             reply = replace(reply, delay_s=knobs.latency_s + more_s)
         return reply
-
-
-_NOTHING_ASKED = MockRequest(0, 1, "POST", "", {}, b"", b"", None)
 
 
 def _goes_on(reply: MockReply) -> bool:
@@ -310,33 +278,12 @@ def _parse(body: bytes) -> tuple[Chat | None, str]:
 _decode_chat = msgspec.json.Decoder(Chat).decode
 
 
-def _fault_of(asked: MockRequest, knobs: Knobs) -> str:
-    if asked.seen <= len(knobs.script):
-        kind = knobs.script[asked.seen - 1]
-        return "" if kind == "ok" else kind
-    if not knobs.faults:
-        return ""
-    chance = _chance(asked, knobs, b"fault")
-    for kind, rate in knobs.faults.items():
-        chance -= rate
-        if chance < 0:
-            return kind
-    return ""
-
-
-def _chance(asked: MockRequest, knobs: Knobs, what: bytes) -> float:
-    """A number in [0, 1) that depends on the seed, the body and its how-manieth sending."""
-    told = b"%d %d %b %b" % (knobs.seed, asked.seen, what, asked.digest)
-    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest()) / 2**64
-
-
 def _too_large_for_quota(knobs: Knobs, tokens: int) -> MockReply:
     return error_reply(
         429,
         f"Request too large on tokens per min (TPM): Limit {knobs.tpm:.0f}, Requested {tokens}.",
         type="tokens",
         code="rate_limit_exceeded",
-        dialect=knobs.dialect,
     )
 
 
@@ -353,6 +300,7 @@ async def serve(
     The ledger file gets one JSON line per request once nothing about it can change any more,
     without prompts and headers.
     """
+    check_kinds(knobs, FAULTS)  # before there is a ledger
     stop = asyncio.Event()
     # Whoever ends a server in a script sends SIGTERM, and wants the ledger whole.
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -367,77 +315,3 @@ async def serve(
         async with MockServer(knobs, ledger_file=file, host=host, port=port) as server:
             on_ready(server.url)
             await stop.wait()
-
-
-class MockServerThread:
-    """A MockServer with an event loop and a thread of its own, for tests and synchronous code.
-
-    with MockServerThread(Knobs(faults={"429": 0.05})) as server:
-        subprocess.run(["batchrun", "submit", ..., "--base-url", server.url])
-    assert server.ledger.delivered_answers == 100
-    """
-
-    def __init__(
-        self,
-        knobs: Knobs | None = None,
-        *,
-        respond: Respond | None = None,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
-        self._server = MockServer(knobs, respond=respond, keep_entries=True, tls=tls)
-        self._started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-        self._thread = threading.Thread(target=self._run, name="mock-server", daemon=True)
-        self._thread.start()
-        self._loop, self._stop = self._started.result()
-
-    @property
-    def url(self) -> str:
-        return self._server.url
-
-    @property
-    def knobs(self) -> Knobs:
-        return self._server.knobs
-
-    @property
-    def ledger(self) -> Ledger:
-        """The ledger, after the server has seen every event that reached this machine before."""
-        if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(_let_events_pass(), self._loop).result()
-        return self._server.ledger
-
-    def close(self) -> None:
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as exc:
-            if self._started.done():
-                raise
-            self._started.set_exception(exc)
-
-    async def _serve(self) -> None:
-        stop = asyncio.Event()
-        async with self._server:
-            self._started.set_result((asyncio.get_running_loop(), stop))
-            await stop.wait()
-
-
-async def _let_events_pass() -> None:
-    # A closed socket is seen in one turn of the loop, its connection_lost comes in the next and the
-    # handler it cancels in the one after.
-    for _ in range(8):
-        await asyncio.sleep(0)

@@ -120,16 +120,19 @@ CLOSE = _AlreadyWritten(keep_alive=False)
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
+KEEP_ALIVE_S = 75.0
+
+
 class Connections(web.Server):
     """aiohttp's low-level server, which also sees when a connection has proved its last answer."""
 
-    def __init__(self, handler: _Handler, ledger: Ledger, keep_alive_s: float) -> None:
+    def __init__(self, handler: _Handler, ledger: Ledger) -> None:
         super().__init__(
             handler,
             request_factory=self._request,
             handler_cancellation=True,
             access_log=None,
-            keepalive_timeout=keep_alive_s,
+            keepalive_timeout=KEEP_ALIVE_S,
             max_line_size=65_536,
             max_field_size=65_536,
         )

@@ -31,6 +31,7 @@ import click
 import msgspec
 import pyarrow.parquet as pq
 import pytest
+from mock_servers import MockServerThread
 
 from batchrun import errors
 from batchrun.cli.config_file import settable
@@ -39,8 +40,8 @@ from batchrun.cli.options import Given, Options, build_config
 from batchrun.config import RunConfig
 from batchrun.console.facts import CollectFacts, StatusFacts, ValidateFacts
 from batchrun.journal.lock import locked as lock_lock
-from batchrun.mock.replies import Knobs, MockReply, MockRequest, error_reply
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.knobs import Knobs
+from batchrun.mock.replies import MockReply, MockRequest, error_reply
 from batchrun.outputs.read_back import recognise
 from batchrun.providers import DEFAULT_BASE_URL, DEFAULT_KEY_ENV, DEFAULT_MODEL, PROVIDERS
 from batchrun.secret import Secret

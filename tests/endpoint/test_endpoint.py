@@ -13,6 +13,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from mock_faults import dripped, faulty
+from mock_servers import mock_server
 
 from batchrun.chat.identity import encode, request_hash
 from batchrun.endpoint import body as body_room
@@ -24,7 +26,8 @@ from batchrun.endpoint.lean import MOST_TOGETHER
 from batchrun.endpoint.lean import Departures as _Departures
 from batchrun.endpoint.memory import STEP_BYTES
 from batchrun.errors import BatchrunError, EndpointRefused, StoppedEarly
-from batchrun.mock.replies import Knobs, MockReply, MockRequest, Respond, StreamUsage, completion
+from batchrun.mock.knobs import Knobs, StreamUsage
+from batchrun.mock.replies import MockReply, MockRequest, Respond, completion
 from batchrun.mock.server import MockServer
 from batchrun.providers import Endpoint, resolve
 from batchrun.secret import Secret
@@ -86,7 +89,7 @@ def ask(
 
     async def story() -> tuple[Attempt, MockServer]:
         async with (
-            MockServer(knobs, respond=respond, keep_entries=True) as server,
+            mock_server(knobs, respond=respond, keep_entries=True) as server,
             client(server.url, **options) as endpoint,
         ):
             return await endpoint.send(asked or request()), server
@@ -95,9 +98,8 @@ def ask(
 
 
 def fault(kind: str, *, stream: bool = False, **options: Any) -> Attempt:
-    knobs = Knobs(faults={kind: 1.0}, drip_s=options.pop("drip_s", 10.0))
     asked = request(stream=True) if stream else request()
-    return ask(knobs, asked=asked, **options)[0]
+    return ask(Knobs(faults={kind: 1.0}), asked=asked, **options)[0]
 
 
 def replies(reply: MockReply) -> Respond:
@@ -158,7 +160,7 @@ def test_extra_headers_are_sent_and_replace_our_own() -> None:
 )
 def test_every_way_of_writing_the_base_url(path: str, asked: str) -> None:
     async def story() -> str:
-        async with MockServer(keep_entries=True) as server, client(server.url + path) as endpoint:
+        async with mock_server(keep_entries=True) as server, client(server.url + path) as endpoint:
             await endpoint.send(request())
             return server.ledger.entries[0].path
 
@@ -180,7 +182,7 @@ def test_no_cookie_is_kept() -> None:
 
     async def story() -> list[Mapping[str, str]]:
         async with (
-            MockServer(respond=respond, keep_entries=True) as server,
+            mock_server(respond=respond, keep_entries=True) as server,
             client(server.url) as endpoint,
         ):
             await endpoint.send(request("a"))
@@ -283,7 +285,7 @@ def test_one_connection_serves_many_requests() -> None:
 def test_a_stale_connection_costs_one_attempt_and_the_next_is_fine(kind: str) -> None:
     async def story() -> list[Attempt]:
         knobs = Knobs(script=(kind, "ok", "ok"))
-        async with MockServer(knobs, keep_entries=True) as server, client(server.url) as endpoint:
+        async with mock_server(knobs, keep_entries=True) as server, client(server.url) as endpoint:
             return [await endpoint.send(request()) for _ in range(3)]
 
     attempts = asyncio.run(story())
@@ -470,7 +472,7 @@ def test_a_compressed_reply_of_any_length_is_read_whole(kind: str) -> None:
             return MockReply(body=body, headers=headers)
 
         part = "delta" if kind == "text/event-stream" else "message"
-        async with MockServer(respond=respond) as server, client(server.url) as endpoint:
+        async with mock_server(respond=respond) as server, client(server.url) as endpoint:
             for length in lengths:
                 attempt = await endpoint.send(request(str(length)))
                 assert meaning(attempt)[0] == "ok"
@@ -565,7 +567,8 @@ def test_an_error_page_in_another_encoding_is_still_that_error() -> None:
 
 
 def test_a_reply_that_drips_ends_with_the_attempts_time() -> None:
-    attempt = fault("drip", drip_s=0.02, timeout_s=0.2, connect_timeout_s=0.2)
+    respond = faulty(dripped(0.02))
+    attempt, _ = ask(respond=respond, timeout_s=0.2, connect_timeout_s=0.2)
     assert attempt.failure == "timeout"
     assert attempt.sent
 
@@ -588,7 +591,7 @@ def test_a_refused_connection_sent_nothing() -> None:
 def test_a_port_that_does_not_speak_tls_is_a_configuration_error() -> None:
     async def story() -> Attempt:
         async with (
-            MockServer() as server,
+            mock_server() as server,
             client(server.url.replace("http:", "https:"), key=KEY) as endpoint,
         ):
             return await endpoint.send(request())
@@ -731,7 +734,7 @@ def test_large_answers_wait_for_one_another_and_none_fails(
 
     async def story() -> list[Attempt]:
         respond = replies(large(kind, 1_000_000))
-        async with MockServer(respond=respond) as server, client(server.url) as endpoint:
+        async with mock_server(respond=respond) as server, client(server.url) as endpoint:
             return await asyncio.gather(*(endpoint.send(request(str(n))) for n in range(40)))
 
     for attempt in asyncio.run(story()):
@@ -756,7 +759,7 @@ def test_who_waits_for_memory_waits_no_longer_than_its_attempt(
 
     async def story() -> list[Attempt]:
         async with (
-            MockServer(respond=respond) as server,
+            mock_server(respond=respond) as server,
             client(server.url, timeout_s=60.0) as slow,
             client(server.url, timeout_s=0.2, connect_timeout_s=0.2) as endpoint,
         ):
@@ -781,7 +784,7 @@ def test_who_waits_for_memory_waits_no_longer_than_its_attempt(
 
 def models(knobs: Knobs, path: str = "", key: str | None = None) -> list[str]:
     async def story() -> list[str]:
-        async with MockServer(knobs) as server, client(server.url + path, key=key) as endpoint:
+        async with mock_server(knobs) as server, client(server.url + path, key=key) as endpoint:
             return await endpoint.models()
 
     return asyncio.run(story())

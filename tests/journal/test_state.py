@@ -23,7 +23,8 @@ from batchrun.errors import JournalDamaged, LocalIOError, UsageError
 from batchrun.journal.journal import Journal
 from batchrun.journal.records import HEADER, frame_of
 from batchrun.journal.state import StateDir, locate
-from batchrun.mock.replies import Knobs, MockReply, MockRequest
+from batchrun.mock.knobs import Knobs
+from batchrun.mock.replies import MockReply, MockRequest
 
 if TYPE_CHECKING:
     from conftest import Spawn, StartMock, StartRun, Submit

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mock_servers import MockServerThread
 
 from batchrun.chat.identity import HASH_VERSION
 from batchrun.cli.main import run_command
 from batchrun.journal.journal import Journal
 from batchrun.journal.segments import FORMAT, Header
 from batchrun.mock.replies import MockReply, MockRequest, error_reply
-from batchrun.mock.server import MockServerThread
 from batchrun.outputs.read_back import read_back, recognise
 
 if TYPE_CHECKING:

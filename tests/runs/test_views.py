@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
+from mock_servers import MockServerThread
 
 from batchrun.cli.main import run_command
-from batchrun.mock.replies import Knobs, MockReply, MockRequest
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.knobs import Knobs
+from batchrun.mock.replies import MockReply, MockRequest
 
 if TYPE_CHECKING:
     from conftest import StartRun

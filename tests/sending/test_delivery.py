@@ -26,22 +26,16 @@ from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 import pytest
+from mock_faults import fault_reply
+from mock_servers import MockServerThread
 
 from batchrun.api import make_config
 from batchrun.cli.main import run_command
 from batchrun.console.progress import Progress
 from batchrun.errors import Interrupted, StoppedEarly
 from batchrun.journal.journal import Journal
-from batchrun.mock.replies import (
-    Knobs,
-    MockReply,
-    MockRequest,
-    Respond,
-    completion,
-    error_reply,
-    fault_reply,
-)
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.knobs import Knobs
+from batchrun.mock.replies import MockReply, MockRequest, Respond, completion, error_reply
 from batchrun.runs.stop import Stop
 from batchrun.runs.submit import run
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from crash_harness import Launched, Launcher, survive, write_rows
+from mock_servers import MockServerThread
 
-from batchrun.mock.replies import Knobs, MockReply, MockRequest
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.knobs import Knobs
+from batchrun.mock.replies import MockReply, MockRequest
 
 KILLS = 50
 STARTS = 50

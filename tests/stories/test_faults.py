@@ -23,8 +23,7 @@ from typing import NamedTuple
 
 import pytest
 from crash_harness import ROOT, Launcher, held, published, write_rows
-
-from batchrun.mock.server import MockServerThread
+from mock_servers import MockServerThread
 
 ROWS = 12
 WAIT_S = 60.0

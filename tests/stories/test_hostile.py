@@ -11,9 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from crash_harness import Launcher, write_rows
+from mock_faults import fault_reply
+from mock_servers import MockServerThread
 
-from batchrun.mock.replies import MockReply, MockRequest, completion, fault_reply
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.replies import MockReply, MockRequest, completion
 
 ROWS = 4
 AT_ONCE = 64

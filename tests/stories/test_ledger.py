@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import WAIT_S, StartMock, StartRun, Submit
 from crash_harness import write_rows
+from mock_servers import mock_server
 
 from batchrun.config import RunConfig
+from batchrun.mock.knobs import Knobs
 from batchrun.mock.ledger import Entry, Ledger
-from batchrun.mock.replies import Knobs, MockReply, MockRequest
-from batchrun.mock.server import MockServer
+from batchrun.mock.replies import MockReply, MockRequest
 from batchrun.providers import resolve
 from batchrun.runs.submit import run
 from batchrun.summary import RunSummary
@@ -82,7 +83,7 @@ async def weather(seed: int, directory: Path) -> Books:
     write_rows(directory / "in.jsonl", range(ROWS))
     knobs, streams = storm(seed)
     output = directory / "out.parquet"
-    async with MockServer(knobs, keep_entries=True) as server:
+    async with mock_server(knobs, keep_entries=True) as server:
         config = RunConfig(
             inputs=(str(directory / "in.jsonl"),),
             output=str(output),

@@ -39,12 +39,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from mock_servers import MockServerThread
 
 from batchrun.chat.identity import request_hash
 from batchrun.journal.journal import Journal
 from batchrun.journal.slots import Held
 from batchrun.mock.replies import MockReply, MockRequest, completion, error_reply
-from batchrun.mock.server import MockServerThread
 from batchrun.outputs.read_back import read_back, recognise
 from batchrun.types import Outcome
 

@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mock_faults import fault_reply, faulty, redirected
+from mock_servers import MockServerThread
 
 from batchrun.cli.main import run_command
 from batchrun.journal.journal import Journal
-from batchrun.mock.replies import Knobs, MockReply, MockRequest, Respond, error_reply, fault_reply
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.knobs import Knobs
+from batchrun.mock.replies import MockReply, MockRequest, Respond, error_reply
 
 if TYPE_CHECKING:
     from conftest import StartMock, StartRun, Submit
@@ -895,7 +897,7 @@ def test_a_redirect_is_not_followed_and_nothing_reaches_the_other_origin(
     mock: StartMock, submit: Submit
 ) -> None:
     other = mock()
-    server = mock(Knobs(faults={"redirect": 1.0}, redirect_to=f"{other.url}/v1/chat/completions"))
+    server = mock(respond=faulty(redirected(f"{other.url}/v1/chat/completions")))
     write_rows(range(3))
     ended = submit("in.jsonl", *to(server))
     assert ended.code == 4

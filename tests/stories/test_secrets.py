@@ -20,20 +20,13 @@ from urllib.parse import quote, unquote
 import pyarrow.parquet as pq
 import pytest
 from crash_harness import ROOT, write_rows
+from mock_faults import FAULTS, dripped, faulty, redirected
+from mock_servers import MockServerThread
 
 from batchrun.cli.main import run_command
 from batchrun.journal.journal import Journal
-from batchrun.mock.replies import (
-    FAULTS,
-    Knobs,
-    MockReply,
-    MockRequest,
-    Respond,
-    completion,
-    error_reply,
-    fault_reply,
-)
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.knobs import Knobs
+from batchrun.mock.replies import MockReply, MockRequest, Respond, completion, error_reply
 
 KEY = "sk-canary-0123456789-KEY"
 EXTRA = "hdr-canary-9876543210-EXTRA"
@@ -108,10 +101,7 @@ def scripted(head: str) -> Respond:
     return lambda request: MockReply(raw=head.encode(), ending="close")
 
 
-def faulty(kind: str) -> Respond:
-    return lambda request: fault_reply(kind, request, Knobs(drip_s=0.1))
-
-
+SPOILT = {**FAULTS, "drip": dripped(0.1)}
 REPLIES: dict[str, Respond] = {
     **{f"quoted {status}": quoting(status) for status in (200, 400, 401, 403, 404, 429, 500, 503)},
     "headers": with_headers,
@@ -125,7 +115,7 @@ REPLIES: dict[str, Respond] = {
     "a bad header": scripted(f"HTTP/1.1 200 OK\r\n{KEY}\r\n{EXTRA}\r\n\r\n"),
     "a status line": scripted(f"HTTP/1.1 499 {KEY}\r\nContent-Length: 0\r\n\r\n"),
     "an encoding": lambda request: MockReply(headers={"Content-Encoding": KEY}, body=b"x"),
-    **{kind: faulty(kind) for kind in FAULTS if kind not in ("endless", "gzip_bomb")},
+    **{kind: faulty(SPOILT[kind]) for kind in FAULTS if kind not in ("endless", "gzip_bomb")},
 }
 
 
@@ -307,7 +297,7 @@ def test_the_dump_of_a_process_that_dies_holds_no_key() -> None:
 
 # Bugs that know the key: where a reply is read, and where the run is put together.
 BUGS = {
-    "a request": "client._parsed = broken",
+    "a request": "client.ChatEndpoint._parsed = broken",
     "a callback": "Limits.stop = broken",
     "the run": "submit._Run.go = broken",
     "the end": "console.final_block = broken",
@@ -345,8 +335,7 @@ def test_another_origin_receives_no_byte() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         other.setblocking(False)
         target = f"http://127.0.0.1:{other.getsockname()[1]}/v1/chat/completions"
-        knobs = Knobs(faults={"redirect": 1.0}, redirect_to=target)
-        with MockServerThread(knobs) as server:
+        with MockServerThread(respond=faulty(redirected(target))) as server:
             command = ["submit", "in.jsonl", "--base-url", server.url, "-m", "m"]
             assert run_command([*command, "--api-key-env", "CANARY"]) == 4
         with pytest.raises(BlockingIOError):

@@ -1,6 +1,6 @@
 """Kill runs with SIGKILL at random moments until they are done, and check that nothing was lost.
 
-    python tests/crash_harness.py --kills 1000
+    python tests/support/crash_harness.py --kills 1000
 
 Each story is one input and one output: fresh, or grown, edited or shrunk since an earlier run and
 whole again, as Parquet or as lines. Its runs are killed between any two requests, while they open
@@ -37,11 +37,11 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import pyarrow.parquet as pq
+from mock_servers import MockServerThread
 
 from batchrun.chat.identity import request_hash
 from batchrun.journal.journal import Journal
-from batchrun.mock.replies import Knobs
-from batchrun.mock.server import MockServerThread
+from batchrun.mock.knobs import Knobs
 from batchrun.outputs.read_back import read_back, recognise
 
 ROOT = Path(__file__).parents[2]
