@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from batchrun import shell
+from batchrun.config import COMPRESSED_SUFFIXES, INPUT_SUFFIXES, Compression
 from batchrun.errors import UsageError
 from batchrun.words import count
 
@@ -25,12 +26,20 @@ _COMPARED_ROWS: Final = 5
 
 
 class Found(NamedTuple):
-    """What a file seems to be: words for people, and either its right suffix or a conversion."""
+    """What a file seems to be: words for people, its right suffix, and a conversion or advice.
+
+    A suffix that can be read here is enough; what it says is done otherwise.
+    """
 
     what: str
     suffix: str = ""
     convert: str = ""  # a filter from this format to JSON lines
     advice: str = ""
+    is_encoding: bool = False  # the filter changes the letters' bytes and leaves the format
+
+
+def _encoded(what: str, encoding: str) -> Found:
+    return Found(what, convert=f"iconv -f {encoding} -t UTF-8", is_encoding=True)
 
 
 _CONVERT_FIRST: Final = "write it as JSON lines (one object a line) or as Parquet first"
@@ -41,10 +50,10 @@ _MAGIC: Final[Mapping[bytes, Found]] = {
     b"\x28\xb5\x2f\xfd": Found("zstd data", ".zst"),
     b"PAR1": Found("Parquet", ".parquet"),
     b"PARE": Found("encrypted Parquet", advice="write it without encryption first"),
-    b"\xff\xfe": Found("UTF-16 text", convert="iconv -f UTF-16 -t UTF-8"),
-    b"\xfe\xff": Found("UTF-16 text", convert="iconv -f UTF-16 -t UTF-8"),
-    b"{\0": Found("UTF-16 text", convert="iconv -f UTF-16LE -t UTF-8"),
-    b"\0{": Found("UTF-16 text", convert="iconv -f UTF-16BE -t UTF-8"),
+    b"\xff\xfe": _encoded("UTF-16 text", "UTF-16"),
+    b"\xfe\xff": _encoded("UTF-16 text", "UTF-16"),
+    b"{\0": _encoded("UTF-16 text", "UTF-16LE"),
+    b"\0{": _encoded("UTF-16 text", "UTF-16BE"),
     b"BZh": Found("bzip2 data", convert="bzip2 -dc"),
     b"\xfd7zXZ\0": Found("xz data", convert="xz -dc"),
     b"\x04\x22\x4d\x18": Found("lz4 data", convert="lz4 -dc"),
@@ -129,7 +138,7 @@ def recognise(start: bytes) -> Found | None:
         return Found("XML or HTML", advice=_CONVERT_FIRST)
     if not first or "\0" in text or _is_json(first):
         return None
-    return _csv(text, encoding="utf-8-sig" if _is_utf8(start) else "cp1252") or _PLAIN
+    return _csv(text, is_utf8=_is_utf8(start)) or _PLAIN
 
 
 def refusal(
@@ -145,23 +154,41 @@ def refusal(
         return UsageError(f"{name} is not {claimed}: {wrong}", next_steps=(_CONVERT_FIRST,))
     seems = f"is {found.what}" if binary(start) else f"looks like {found.what}"
     text = f"{name} is not {claimed}: it {seems}"
+    if found.suffix in INPUT_SUFFIXES or found.suffix in COMPRESSED_SUFFIXES:
+        if path is None:
+            format_ = INPUT_SUFFIXES.get(found.suffix)
+            step = f"--input-format {format_}" if format_ else "--input-format says what it is"
+            return UsageError(text, next_steps=(step,))
+        return UsageError(f"{text}. Rename it:", next_steps=(_renaming(found, path),))
     if found.convert:
         return UsageError(f"{text}. Convert it:", next_steps=(_conversion(found, path),))
-    if found.suffix and path is None:
-        return UsageError(text, next_steps=("--input-format says what it is",))
-    if found.suffix and path is not None:
-        return UsageError(f"{text}. Rename it:", next_steps=(_renaming(found, path),))
     return UsageError(f"{text}; {found.advice}")
 
 
-def _conversion(found: Found, path: Path | None) -> str:
+def not_utf8(
+    path: Path | None, place: str, compression: Compression, *, encoding: str = "WINDOWS-1252"
+) -> UsageError:
+    """The error for a text of which the line at ``place`` is no UTF-8; most such are Windows'."""
+    step = _conversion(_encoded("text", encoding), path, unpack=_UNPACK[compression])
+    return UsageError(f"{place}: not UTF-8. Convert the file:", next_steps=(step,))
+
+
+_UNPACK: Final[Mapping[Compression, str]] = {"": "", "gz": "gzip -dc", "zst": "zstd -dc"}
+
+
+def _conversion(found: Found, path: Path | None, unpack: str = "") -> str:
     if path is None:
-        return f"... | {found.convert} | batchrun submit - ..."
+        filters = f"{unpack} | {found.convert}" if unpack else found.convert
+        return f"... | {filters} | batchrun submit - ..."
     stem = path.name.partition(".")[0] or path.name
-    target = path.with_name(f"{stem}.jsonl")
+    own = path.with_suffix("").suffix if unpack else path.suffix
+    suffix = own if found.is_encoding and own in INPUT_SUFFIXES else ".jsonl"
+    target = path.with_name(f"{stem}{suffix}")
     if target == path:
-        target = path.with_name(f"{stem}.converted.jsonl")
-    return f"{found.convert} < {shell.file(str(path))} > {shell.file(str(target))}"
+        target = path.with_name(f"{stem}.converted{suffix}")
+    source = f"< {shell.file(str(path))}"
+    filters = f"{unpack} {source} | {found.convert}" if unpack else f"{found.convert} {source}"
+    return f"{filters} > {shell.file(str(target))}"
 
 
 def _renaming(found: Found, path: Path) -> str:
@@ -201,7 +228,7 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _csv(text: str, encoding: str) -> Found | None:
+def _csv(text: str, *, is_utf8: bool) -> Found | None:
     """A table of texts: a header and rows of as many fields."""
     lines = [line for line in text.split("\n") if line.strip()]
     tables = {mark: _fields(lines, mark) for mark in (",", "\t", ";", "|")}
@@ -215,9 +242,12 @@ def _csv(text: str, encoding: str) -> Found | None:
     columns = count(len(header), "column")
     first = header[0] if len(header[0]) <= _SHOWN_CHARACTERS else f"{header[0][:37]}..."
     delimiter = {",": "", "\t": ', delimiter="\\t"'}.get(mark, f', delimiter="{mark}"')
+    encoding = "utf-8-sig" if is_utf8 else "cp1252"
     source = f'open(0, encoding="{encoding}", newline="")'
+    suffix = ".tsv" if mark == "\t" else ".csv"
     return Found(
         f'{"tab-separated text" if mark == chr(9) else "CSV"} ({columns}, "{first}" first)',
+        suffix if is_utf8 else "",
         convert=_PYTHON.format(modules="csv,json", rows=f"csv.DictReader({source}{delimiter})"),
     )
 

@@ -55,9 +55,13 @@ def opened(file: InputFile) -> Iterator[_Stream]:
 
 
 def refusal(file: InputFile, claimed: str, start: bytes, otherwise: str = "") -> UsageError:
-    """What to do about a file that is not what its name says; a spool has no name to type."""
-    typed = None if file.name == file.path.stem else file.path
-    return foreign.refusal(typed, file.name, claimed, start, otherwise)
+    """What to do about a file that is not what its name says."""
+    return foreign.refusal(typed(file), file.name, claimed, start, otherwise)
+
+
+def typed(file: InputFile) -> Path | None:
+    """The file as a user can name it; None for a spool, which came through a pipe."""
+    return None if file.name == file.path.stem else file.path
 
 
 def start_of(path: Path, name: str) -> bytes:
