@@ -24,7 +24,7 @@ JSONValue: TypeAlias = (
 )
 
 
-InputFormat = Literal["jsonl", "parquet"]
+InputFormat = Literal["jsonl", "csv", "tsv", "parquet"]
 
 
 Compression = Literal["", "gz", "zst"]
@@ -40,6 +40,8 @@ class FormatNames(NamedTuple):
 
 INPUT_FORMATS: Final[Mapping[InputFormat, FormatNames]] = {
     "jsonl": FormatNames("JSONL", (".jsonl", ".ndjson"), "line"),
+    "csv": FormatNames("CSV", (".csv",), "line"),
+    "tsv": FormatNames("TSV", (".tsv",), "line"),
     "parquet": FormatNames("Parquet", (".parquet",), "row"),
 }
 

@@ -16,7 +16,7 @@ from batchrun.config import (
     Compression,
     InputFormat,
 )
-from batchrun.inputs import jsonl, parquet
+from batchrun.inputs import csv, jsonl, parquet
 from batchrun.inputs.carried import Carried, TableColumns
 from batchrun.inputs.rows import Batch, Head, InputFile
 
@@ -33,8 +33,13 @@ class _Format(NamedTuple):
     may_be_packed: bool = True
 
 
+_TEXT_TABLE: Final = _Format(csv.head, csv.read, csv.columns_of)
+
+
 _FORMATS: Final[Mapping[InputFormat, _Format]] = {
     "jsonl": _Format(jsonl.head, jsonl.read, bears_our_mark=jsonl.bears_our_mark),
+    "csv": _TEXT_TABLE,
+    "tsv": _TEXT_TABLE,
     "parquet": _Format(
         parquet.head,
         parquet.read,
@@ -48,8 +53,8 @@ _FORMATS: Final[Mapping[InputFormat, _Format]] = {
 def head(file: InputFile, rows: int = HEAD_ROWS) -> Head:
     """The columns of a file and its first good rows: what ``chat.detect`` decides from.
 
-    Columns are a table's schema, or the keys of the JSONL rows, in order of appearance. Fewer rows
-    are read of a table, and of lines that are very long.
+    Columns are those of a table's schema or header, or the keys of the JSONL rows, in order of
+    appearance. Fewer rows are read of a table, and of lines that are very long.
     """
     return _FORMATS[file.format].head(file, rows)
 
@@ -92,23 +97,25 @@ def may_be_packed(format_: InputFormat) -> bool:
 
 def made_by_batchrun(path: Path) -> bool:
     """Whether the file is an output, or one that made way for a newer."""
-    format_, _ = by_name(path.with_name(path.name.removesuffix(".bak")))
-    bears_mark = _FORMATS[format_].bears_our_mark if format_ is not None else None
+    format_, compression = by_name(path.with_name(path.name.removesuffix(".bak")))
+    if format_ is None or compression:
+        return False
+    bears_mark = _FORMATS[format_].bears_our_mark
     return bears_mark is not None and bears_mark(path)
 
 
 def labels() -> str:
-    """``JSONL or Parquet``."""
+    """``JSONL, CSV, TSV or Parquet``."""
     return _either([each.label for each in INPUT_FORMATS.values()])
 
 
 def suffixes() -> str:
-    """``.jsonl, .ndjson or .parquet``."""
+    """``.jsonl, .ndjson, .csv, .tsv or .parquet``."""
     return _either(list(INPUT_SUFFIXES))
 
 
 def file_names() -> str:
-    """``.jsonl or .ndjson (also .gz, .zst) or .parquet``."""
+    """``.jsonl, .ndjson, .csv or .tsv (also .gz, .zst) or .parquet``."""
     packed = [suffix for suffix, name in INPUT_SUFFIXES.items() if may_be_packed(name)]
     others = [suffix for suffix in INPUT_SUFFIXES if suffix not in packed]
     return " or ".join((f"{_either(packed)} (also {', '.join(COMPRESSED_SUFFIXES)})", *others))

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_directories_are_read_sorted_and_say_what_they_skip(tmp_path: Path) -> N
     skipped = "\n".join(found.skipped)
     for name, why in {
         ".hidden.jsonl": "hidden",
-        "notes.txt": "not JSONL or Parquet",
+        "notes.txt": "not JSONL, CSV, TSV or Parquet",
         "b.results.parquet.batchrun": "the state of a run",
         "b.results.parquet": "made by batchrun",
         "c.jsonl": "made by batchrun",
@@ -453,8 +454,12 @@ CONVERTED: dict[str, tuple[str | bytes, str, list[Any]]] = {
 }
 
 
+# Of these the name is all that is wrong.
+READ_AS_THEY_ARE = {"csv": ".csv", "excel": ".csv", "one-column": ".csv", "tsv": ".tsv"}
+
+
 @pytest.mark.parametrize("case", CONVERTED)
-def test_what_is_no_json_lines_is_refused_with_a_conversion_that_works(
+def test_what_is_no_json_lines_is_refused_with_a_command_that_helps(
     tmp_path: Path, case: str
 ) -> None:
     content, seems, prompts = CONVERTED[case]
@@ -465,7 +470,9 @@ def test_what_is_no_json_lines_is_refused_with_a_conversion_that_works(
     one_line(error, path.name, "is not JSON lines", seems)
     [command] = error.value.next_steps
     subprocess.run(["sh", "-c", command], check=True)
-    [row, *more] = [row for _, row in verdicts(tmp_path / "it's a file.converted.jsonl")]
+    target = Path(shlex.split(command)[-1])
+    [row, *more] = [row for _, row in verdicts(target)]
+    assert target.suffix == READ_AS_THEY_ARE.get(case, ".jsonl")
     if prompts:
         assert [each["prompt"] for each in (row, *more)] == prompts
     else:
@@ -483,10 +490,18 @@ def test_a_file_without_an_object_is_refused_by_its_first_line(
     one_line(error, "a.jsonl is not JSON lines", "no line of it is a JSON object (line 1:")
 
 
-def test_a_pipe_of_another_format_is_converted_on_its_way(tmp_path: Path) -> None:
+def test_a_pipe_of_a_table_of_text_is_told_the_option(tmp_path: Path) -> None:
     kept = spool(io.BytesIO(b"id,prompt\n1,x\n"), tmp_path)
     [file] = resolve(["-"], spool=kept).files
     with pytest.raises(UsageError, match=r"^stdin is not JSON lines: it looks like CSV") as error:
+        head(file)
+    assert error.value.next_steps == ("--input-format csv",)
+
+
+def test_a_pipe_of_another_format_is_converted_on_its_way(tmp_path: Path) -> None:
+    kept = spool(io.BytesIO(b'[{"prompt":"x"}]'), tmp_path)
+    [file] = resolve(["-"], spool=kept).files
+    with pytest.raises(UsageError, match=r"^stdin is not JSON lines: it looks like one") as error:
         head(file)
     [step] = error.value.next_steps
     assert step.startswith("... | python3 -c")
@@ -498,13 +513,25 @@ def test_one_good_line_far_behind_makes_a_file_of_error_rows(tmp_path: Path) -> 
     assert head(opened(path)) == (["prompt"], [{"prompt": "x"}])
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.txt"])
+@pytest.mark.parametrize("name", ["a.dat", "a.json", "a.txt"])
 def test_what_is_in_a_file_of_another_suffix_says_what_to_do(tmp_path: Path, name: str) -> None:
+    path = jsonl(tmp_path / name, b'[{"prompt":"x"}]')
+    with pytest.raises(UsageError) as error:
+        resolve([str(path)])
+    one_line(error, name, "one JSON array")
+    assert error.value.next_steps[0].endswith(f"< {path} > {tmp_path / 'a.jsonl'}")
+
+
+@pytest.mark.parametrize("name", ["a.dat", "a.json", "a.txt"])
+def test_a_file_of_another_suffix_that_can_be_read_needs_its_format(
+    tmp_path: Path, name: str
+) -> None:
     path = jsonl(tmp_path / name, b"id,prompt\n1,x\n")
     with pytest.raises(UsageError) as error:
         resolve([str(path)])
-    one_line(error, name, "CSV (2 columns")
-    assert error.value.next_steps[0].endswith(f"< {path} > {tmp_path / 'a.jsonl'}")
+    one_line(error, name, "--input-format")
+    [file] = resolve([str(path)], "csv").files
+    assert head(file).rows == [{"id": "1", "prompt": "x"}]
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -912,7 +939,13 @@ def same(value: Any, out: Any) -> bool:
 
 
 def test_the_samples_are_what_they_say() -> None:
-    for name in ("prompts.jsonl", "prompts.parquet", "messages.jsonl", "batch.jsonl"):
+    for name in (
+        "prompts.jsonl",
+        "prompts.parquet",
+        "messages.jsonl",
+        "batch.jsonl",
+        "tickets.csv",
+    ):
         found = verdicts(SAMPLES / name)
         assert found
         assert all(isinstance(row, dict) for _, row in found)
