@@ -11,7 +11,6 @@ from batchrun.chat.identity import (
     parse_hash,
 )
 from batchrun.chat.reply import (
-    ANSWER_COLUMNS,
     body_json,
     body_text,
     request_id,
@@ -20,7 +19,6 @@ from batchrun.chat.shape import CUSTOM_ID, Built, Identity, Invalid, Layout, Pro
 from batchrun.chat.stream import Assembler
 
 __all__ = [
-    "ANSWER_COLUMNS",
     "CHAT",
     "CUSTOM_ID",
     "HASH_VERSION",

@@ -29,37 +29,6 @@ from batchrun.chat.surprises import answer_surprise, parse_surprise
 from batchrun.chat.text import is_json, mended, utf8_text
 from batchrun.types import NO_USAGE, Answer, Answers, Reply, Usage
 
-# The names of the output's columns, in order (contract §4). An input column of one of these names
-# has to give way, so those who read inputs need them too.
-ANSWER_COLUMNS = (
-    "custom_id",
-    "status",
-    "response",
-    "finish_reason",
-    "request_model",
-    "response_model",
-    "prompt_tokens",
-    "completion_tokens",
-    "total_tokens",
-    "cached_tokens",
-    "reasoning_tokens",
-    "reasoning",
-    "tool_calls",
-    "error_kind",
-    "error_code",
-    "error_message",
-    "http_status",
-    "attempts",
-    "in_doubt_attempts",
-    "latency_s",
-    "ttft_s",
-    "request_id",
-    "finished_at",
-    "request_hash",
-    "response_body",
-)
-
-
 MAX_ID_CHARS = 200
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import pyarrow as pa
 
-from batchrun.chat import ANSWER_COLUMNS, json_text, without_surrogates
+from batchrun.chat import json_text, without_surrogates
 from batchrun.config import JSONValue
 from batchrun.errors import StoppedEarly
 from batchrun.inputs.rows import Row, Rows
@@ -36,6 +36,7 @@ class Carried:
     def __init__(
         self,
         types: Mapping[str, pa.DataType],
+        taken: Collection[str],
         notes: TableNotes | None = None,
         unchanged: Collection[str] = (),
         as_text: Sequence[str] = (),
@@ -43,7 +44,7 @@ class Carried:
         """``notes`` are of tables whose columns ``unchanged`` have the types they had there."""
         self.as_text = as_text
         self._columns = list(types.items())
-        outputs = _output_names(types)
+        outputs = _output_names(types, taken)
         self.sources = frozenset(types)
         carried_as = dict(zip(types, outputs, strict=True))
         notes = notes or TableNotes()
@@ -122,14 +123,13 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _output_names(names: Iterable[str]) -> list[str]:
-    """Names that clash with neither the answer columns, case aside, nor each other."""
-    names = list(names)
+def _output_names(names: Collection[str], others: Collection[str]) -> list[str]:
+    """Names that clash neither with others, case aside, nor with each other."""
     taken = {without_surrogates(name) for name in names}
     outputs: list[str] = []
     for name in names:
         output = without_surrogates(name)
-        while output.casefold() in ANSWER_COLUMNS or (output != name and output in taken):
+        while output.casefold() in others or (output != name and output in taken):
             output = f"input_{output}"
         taken.add(output)
         outputs.append(output)

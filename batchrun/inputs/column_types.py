@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Final, NamedTuple, cast
@@ -36,10 +36,12 @@ class ColumnTypes:
     """Finds one type for every carried column, over all rows of all files.
 
     ``carry`` names the columns to carry, in that order; None carries all, in order of appearance.
+    A column named as one of ``taken``, case aside, gives way.
     """
 
-    def __init__(self, carry: tuple[str, ...] | None) -> None:
+    def __init__(self, carry: tuple[str, ...] | None, taken: Collection[str]) -> None:
         self._carry = carry
+        self._taken = taken
         self._kinds: dict[str, set[type]] = {}  # of the values of JSONL rows
         self._types: dict[str, list[_TableType]] = {}  # of the columns of tables
         self._order: dict[str, None] = {}
@@ -123,7 +125,7 @@ class ColumnTypes:
             for name, kind in types.items()
             if is_text(kind) and not self._kinds.get(name, set()) <= {str, _NULL}
         ]
-        return Carried(types, self._notes, unchanged, as_text)
+        return Carried(types, self._taken, self._notes, unchanged, as_text)
 
     def _type(self, name: str) -> pa.DataType:
         found = list(self._types.get(name, ()))

@@ -1,20 +1,16 @@
 """Derived from the journal: one table of rows and answers, and the way back."""
 
+from batchrun.outputs.aside import ASIDE_SCHEMA, Mark, aside_slice, read_marks, read_wanted
+from batchrun.outputs.columns import NAMES
 from batchrun.outputs.footer import Aside, Footer, FooterRows, Schema
 from batchrun.outputs.publish import publish
 from batchrun.outputs.read_back import (
-    ASIDE_SCHEMA,
-    Mark,
-    PublishedRow,
-    aside_slice,
     partial_of,
-    published_rows,
     read_back,
-    read_marks,
-    read_wanted,
     recognise,
     remove_partial,
     slices_of,
+    untyped_slices,
 )
 from batchrun.outputs.rows import InvalidRow, Slice
 from batchrun.outputs.tally import Causes, OutputTally, TokenSums, is_filtered, is_truncated
@@ -22,6 +18,7 @@ from batchrun.outputs.target import Target, backup, clean_leftovers
 
 __all__ = [
     "ASIDE_SCHEMA",
+    "NAMES",
     "Aside",
     "Causes",
     "Footer",
@@ -29,7 +26,6 @@ __all__ = [
     "InvalidRow",
     "Mark",
     "OutputTally",
-    "PublishedRow",
     "Schema",
     "Slice",
     "Target",
@@ -41,11 +37,11 @@ __all__ = [
     "is_truncated",
     "partial_of",
     "publish",
-    "published_rows",
     "read_back",
     "read_marks",
     "read_wanted",
     "recognise",
     "remove_partial",
     "slices_of",
+    "untyped_slices",
 ]

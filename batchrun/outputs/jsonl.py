@@ -1,59 +1,64 @@
-"""The output as OpenAI batch output lines, with the extra member ``batchrun``."""
+"""The output as OpenAI batch output lines with the extra member ``batchrun``, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import cast
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 import msgspec
 import pyarrow as pa
 from msgspec import Raw, Struct
-from msgspec.structs import replace
 
 from batchrun import chat
 from batchrun.chat import Api
-from batchrun.outputs.footer import Footer, footer_json
-from batchrun.outputs.rows import Row, Rows, clean_row
-from batchrun.outputs.tally import INVALID_INPUT
-from batchrun.outputs.target import Sink
+from batchrun.errors import LocalIOError
+from batchrun.outputs.columns import COLUMNS, COUNT, INSTANT, SECONDS, SMALL, TEXT, settled
+from batchrun.outputs.footer import Footer, footer, footer_json
+from batchrun.outputs.rows import InvalidRow, Rows, Slice, cleaned
+from batchrun.outputs.target import Sink, reading
 from batchrun.types import NO_USAGE, Outcome, Usage
 
+# Lines read at once, in bytes: an answer may be long.
+READ_BYTES = 1_000_000
 
-class _JsonResponse(Struct):
+
+class _Response(Struct):
     status_code: int | None = None
     request_id: str | None = None
     body: Raw | str | None = None
 
 
-class JsonError(Struct):
+class _Error(Struct):
     code: str | None = None
     message: str | None = None
 
 
-class JsonMember(Struct, omit_defaults=True):
-    """The member ``batchrun``: what OpenAI's batch lines have no place for."""
+_EXTRA: Final = [column for column in COLUMNS if column.extra]
+_PYTHON: Final = {TEXT: str, COUNT: int, SMALL: int, SECONDS: float, INSTANT: datetime}
 
-    status: str
-    request_hash: str | None = None
-    request_model: str | None = None
-    error_kind: str | None = None
-    attempts: int = -1  # never left out
-    in_doubt_attempts: int = -1  # never left out
-    latency_s: float | None = None
-    ttft_s: float | None = None
-    finished_at: datetime | None = None
-    usage: Usage | None = None  # of an attempt whose body is not there to tell
-    rebuilt: bool = False  # the body holds the answer columns only
-    input: dict[str, object] | None = None
+
+# The member ``batchrun``: what OpenAI's batch lines have no place for.
+JsonMember: Final = msgspec.defstruct(
+    "JsonMember",
+    [
+        *((column.name, _PYTHON[column.type] | None, None) for column in _EXTRA),
+        ("usage", Usage | None, None),  # of an attempt whose body is not there to tell
+        ("rebuilt", bool, False),  # the body holds the answer columns only
+        ("input", dict[str, object] | None, None),
+    ],
+    omit_defaults=True,
+)
 
 
 class _JsonLine(Struct):
     id: str
     custom_id: str
-    response: _JsonResponse | None
-    error: JsonError | None
-    batchrun: JsonMember  # the last member, for the last line's sake
+    response: _Response | None
+    error: _Error | None
+    batchrun: Struct  # the last member, for the last line's sake
 
 
 class JsonlWriter:
@@ -61,18 +66,19 @@ class JsonlWriter:
 
     def __init__(self, sink: Sink, response_body: bool, api: Api) -> None:
         self._sink = sink
-        self._rebuild = api.rebuild
         self._response_body = response_body
+        self._api = api
         self._encode = msgspec.json.Encoder(enc_hook=str).encode
         self._written = 0
         self._last = b""
 
     def write(self, rows: Rows, carried: pa.RecordBatch | None) -> None:
-        inputs = _carried_rows(carried, len(rows.outcomes))
-        lines = [self._last] if self._last else []
-        for row, carried_row in zip(rows.one_by_one(), inputs, strict=True):
-            self._written += 1
-            lines.append(self._line(row, carried_row))
+        try:
+            new = self._lines(rows, carried)
+        except UnicodeEncodeError:
+            new = self._lines(cleaned(rows), carried)
+        self._written += len(new)
+        lines = [self._last, *new] if self._last else new
         self._last = lines.pop()
         if lines:
             self._sink.write(b"\n".join(lines) + b"\n")
@@ -82,51 +88,54 @@ class JsonlWriter:
             run = b',"run":' + footer_json(footer)
             self._sink.write(self._last[:-2] + run + b"}}\n")
 
-    def _line(self, row: Row, carried: dict[str, object] | None) -> bytes:
-        line = self._made(row, carried)
-        try:
-            return self._encode(line)
-        except UnicodeEncodeError:
-            return self._encode(self._made(clean_row(row), carried))
-
-    def _made(self, row: Row, carried: dict[str, object] | None) -> _JsonLine:
-        identity = f"batch_req_{self._written}"
-        outcome = row.outcome
-        if not outcome.hash:
-            member = JsonMember(
-                "error",
-                error_kind=INVALID_INPUT,
-                attempts=0,
-                in_doubt_attempts=0,
-                input=carried,
-            )
-            error = JsonError(outcome.code or None, row.message)
-            return _JsonLine(identity, row.custom_id, None, error, member)
-        is_ok = outcome.kind == "ok"
-        rebuilt = is_ok and (outcome.rebuilt or not self._response_body)
-        body = self._body(row, outcome, rebuilt)
-        member = JsonMember(
-            "ok" if is_ok else "error",
-            chat.format_hash(outcome.hash),
-            outcome.model or None,
-            None if is_ok else outcome.kind,
-            outcome.attempts,
-            outcome.in_doubt,
-            outcome.latency_s,
-            outcome.ttft_s,
-            _instant(outcome.finished_at_ms),
-            outcome.usage if body is None and outcome.usage != NO_USAGE else None,
-            rebuilt,
-            carried,
+    def _lines(self, rows: Rows, carried: pa.RecordBatch | None) -> list[bytes]:
+        encode = self._encode
+        bodies = [self._body(rows, at) for at in range(len(rows.outcomes))]
+        lines = zip(
+            rows.custom_ids,
+            rows.outcomes,
+            rows.failed,
+            bodies,
+            self._members(rows, bodies, carried),
+            strict=True,
         )
-        failure = None if is_ok else JsonError(outcome.code or None, row.message or None)
-        response = _JsonResponse(outcome.http_status, outcome.request_id or None, body)
-        said = outcome.http_status is not None or body is not None
-        return _JsonLine(identity, row.custom_id, response if said else None, failure, member)
+        return [
+            encode(
+                _JsonLine(
+                    f"batch_req_{number}",
+                    custom_id,
+                    _response(outcome, body),
+                    _Error(failed.code or None, failed.message or None) if failed else None,
+                    member,
+                )
+            )
+            for number, (custom_id, outcome, failed, body, member) in enumerate(
+                lines, self._written + 1
+            )
+        ]
 
-    def _body(self, row: Row, outcome: Outcome, rebuilt: bool) -> Raw | str | None:
-        if rebuilt:
-            return Raw(self._rebuild(replace(row.answer, usage=outcome.usage)))
+    def _members(
+        self, rows: Rows, bodies: list[Raw | str | None], carried: pa.RecordBatch | None
+    ) -> Iterator[Struct]:
+        columns = [column.values(rows) for column in _EXTRA]
+        for at, column in enumerate(_EXTRA):
+            if column.type == INSTANT:
+                columns[at] = list(map(_instant, columns[at]))
+        usages = [
+            o.usage if body is None and o.usage != NO_USAGE else None
+            for o, body in zip(rows.outcomes, bodies, strict=True)
+        ]
+        rebuilt = [self._is_rebuilt(outcome) for outcome in rows.outcomes]
+        inputs = _carried_rows(carried, len(bodies))
+        return map(JsonMember, *columns, usages, rebuilt, inputs)
+
+    def _is_rebuilt(self, outcome: Outcome) -> bool:
+        return outcome.kind == "ok" and (outcome.rebuilt or not self._response_body)
+
+    def _body(self, rows: Rows, at: int) -> Raw | str | None:
+        outcome = rows.outcomes[at]
+        if self._is_rebuilt(outcome):
+            return Raw(self._api.rebuild(rows.answer(at)))
         if not outcome.body or not self._response_body:
             return None
         spliced = chat.body_json(outcome.body)
@@ -134,7 +143,13 @@ class JsonlWriter:
         return chat.body_text(outcome.body) if spliced is None else Raw(spliced)
 
 
-def _instant(unix_ms: int) -> datetime | None:
+def _response(outcome: Outcome, body: Raw | str | None) -> _Response | None:
+    if outcome.http_status is None and body is None:
+        return None
+    return _Response(outcome.http_status, outcome.request_id or None, body)
+
+
+def _instant(unix_ms: int | None) -> datetime | None:
     # A double holds today's seconds to a quarter of a microsecond: the milliseconds stay exact.
     return datetime.fromtimestamp(unix_ms / 1000, UTC) if unix_ms else None
 
@@ -160,3 +175,129 @@ def _scalar_text(value: pa.Scalar) -> str:
         return cast("str", value.cast(pa.string()).as_py())
     except (ValueError, pa.ArrowException):
         return str(value)
+
+
+class _Run(Struct):
+    run: Raw = Raw(b"")
+
+
+class _LastLine(Struct):
+    batchrun: _Run | None = None
+
+
+def jsonl_footer(file: BinaryIO) -> Footer | None:
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return Footer(complete=False)
+    try:
+        line = msgspec.json.decode(_last_line(file, size), type=_LastLine)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return None if line.batchrun is None else footer(bytes(line.batchrun.run))
+
+
+def _last_line(file: BinaryIO, size: int) -> bytes:
+    """The last line, read from the end: it holds a whole answer and may be long."""
+    length = 64_000
+    while True:
+        file.seek(max(0, size - length))
+        tail = file.read().rstrip(b"\n")
+        at = tail.rfind(b"\n")
+        if at >= 0 or length >= size:
+            return tail[at + 1 :]
+        length *= 8
+
+
+class _Told(Struct):
+    status_code: int | None = None
+    request_id: str | None = None
+    body: Raw = Raw(b"null")
+
+
+class _BackLine(Struct):
+    batchrun: JsonMember  # type: ignore[valid-type]  # made from the table of columns
+    custom_id: str = ""
+    response: _Told | None = None
+    error: _Error | None = None
+
+
+class Untyped(NamedTuple):
+    """Rows of a published file without what they carry: that has values there, but no types."""
+
+    rows: Slice
+    carried: list[dict[str, Any]]
+
+
+def jsonl_outcomes(path: Path, api: Api) -> Iterator[Outcome]:
+    """What a published file holds, in order, without invalid rows."""
+    for piece in _read(path):
+        yield from (each for each in _settled(piece, api) if type(each) is Outcome)
+
+
+def jsonl_slices(path: Path, api: Api) -> Iterator[Untyped]:
+    """A published file as what ``publish`` takes, but for the types of its carried columns."""
+    for piece in _read(path):
+        custom_ids = [line.custom_id for line in piece.lines]
+        extras: list[Any] = [line.batchrun for line in piece.lines]
+        sources = [f"{path}:{piece.first + at}" for at in range(len(piece.lines))]
+        rows = Slice(None, custom_ids, sources, _settled(piece, api))
+        yield Untyped(rows, [extra.input or {} for extra in extras])
+
+
+class _Piece(NamedTuple):
+    first: int  # number of the first line, from 1
+    lines: list[_BackLine]
+    bodies: list[bytes]
+
+
+_decode: Final = msgspec.json.Decoder(_BackLine).decode
+
+
+def _read(path: Path) -> Iterator[_Piece]:
+    piece = _Piece(1, [], [])
+    with reading(path), path.open("rb") as file:
+        while texts := file.readlines(READ_BYTES):
+            piece = _Piece(piece.first + len(piece.lines), [], [])
+            for text in texts:
+                try:
+                    line = _decode(text)
+                    body = _sent(line.response.body) if line.response else b""
+                except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
+                    number = piece.first + len(piece.lines)
+                    raise LocalIOError(
+                        f"{path} line {number}: not a line batchrun wrote; "
+                        "its answers cannot be reused"
+                    ) from exc
+                piece.lines.append(line)
+                piece.bodies.append(body)
+            yield piece
+
+
+def _sent(body: Raw) -> bytes:
+    """The endpoint's bytes, which are text in the line where they are no object or array."""
+    spliced = bytes(body)
+    if spliced == b"null":
+        return b""
+    return msgspec.json.decode(spliced, type=str).encode() if spliced[:1] == b'"' else spliced
+
+
+def _settled(piece: _Piece, api: Api) -> list[Outcome | InvalidRow]:
+    lines = piece.lines
+    members = zip(*(msgspec.structs.astuple(line.batchrun) for line in lines), strict=True)
+    table: dict[str, Sequence[Any]] = dict(zip(JsonMember.__struct_fields__, members, strict=True))
+    responses = [line.response or _Told() for line in lines]
+    errors = [line.error or _Error() for line in lines]
+    table["finished_at"] = list(map(_unix_ms, table["finished_at"]))
+    table["http_status"] = [each.status_code for each in responses]
+    table["request_id"] = [each.request_id for each in responses]
+    table["error_code"] = [each.code for each in errors]
+    table["error_message"] = [each.message for each in errors]
+    usages = [
+        usage or api.parse(body).usage
+        for usage, body in zip(table["usage"], piece.bodies, strict=True)
+    ]
+    return settled(table, usages, piece.bodies, table["rebuilt"])
+
+
+def _unix_ms(instant: datetime | None) -> int | None:
+    return None if instant is None else round(instant.timestamp() * 1000)

@@ -1,70 +1,51 @@
-"""The output as Parquet: row groups of bounded size, strings without a dictionary."""
+"""The output as Parquet: row groups of bounded size, written and read back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun import chat
-from batchrun.outputs.footer import FOOTER_KEY, Footer, footer_json
-from batchrun.outputs.rows import GROUP_ROWS, Rows, clean
-from batchrun.outputs.tally import INVALID_INPUT
-from batchrun.outputs.target import Sink
-from batchrun.types import Outcome
+from batchrun.chat import Api
+from batchrun.outputs.columns import COLUMNS, INSTANT, NAMES, settled
+from batchrun.outputs.footer import FOOTER_KEY, Footer, footer, footer_json
+from batchrun.outputs.rows import GROUP_ROWS, PIECE_ROWS, InvalidRow, Rows, Slice, cleaned
+from batchrun.outputs.target import Sink, reading
+from batchrun.types import Answer, Outcome, Usage
 
 # A group is in memory thrice while it is written: as arrays, as pages, and compressed.
 GROUP_BYTES = 12_000_000
-
-
-_TYPES: Final[Mapping[str, pa.DataType]] = {
-    **dict.fromkeys(chat.ANSWER_COLUMNS, pa.string()),
-    **dict.fromkeys(
-        ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens"),
-        pa.int64(),
-    ),
-    **dict.fromkeys(("http_status", "attempts", "in_doubt_attempts"), pa.int32()),
-    **dict.fromkeys(("latency_s", "ttft_s"), pa.float64()),
-    "finished_at": pa.timestamp("ms", tz="UTC"),
-}
-
-
-# Nearly every value of these differs: a dictionary would be built, found useless and dropped.
-_DISTINCT = frozenset(
-    {"custom_id", "response", "reasoning", "tool_calls", "error_message", "latency_s", "ttft_s"}
-    | {"request_id", "finished_at", "request_hash", "response_body"}
-)
-
-
-_CELL_TYPES: Final = [_TYPES[name] for name in chat.ANSWER_COLUMNS[:-1]]
 
 
 class ParquetWriter:
     """Collects pieces into row groups and writes each group in one call, without the GIL."""
 
     def __init__(self, sink: Sink, carried: pa.Schema, response_body: bool) -> None:
-        names = chat.ANSWER_COLUMNS if response_body else chat.ANSWER_COLUMNS[:-1]
-        own = [pa.field(name, _TYPES[name]) for name in names]
+        self._columns = COLUMNS if response_body else COLUMNS[:-1]
+        own = [pa.field(column.name, column.type) for column in self._columns]
         metadata = {k: v for k, v in (carried.metadata or {}).items() if k != FOOTER_KEY}
         self._schema = pa.schema([*carried, *own], metadata=metadata or None)
-        self._response_body = response_body
+        repeating = [*carried.names, *(each.name for each in self._columns if each.repeats)]
         self._writer = pq.ParquetWriter(
             sink,
             self._schema,
             compression="zstd",
             compression_level=1,
-            use_dictionary=[name for name in self._schema.names if name not in _DISTINCT],
+            use_dictionary=repeating,
         )
         self._group: list[pa.RecordBatch] = []
         self._group_rows = self._group_bytes = 0
 
     def write(self, rows: Rows, carried: pa.RecordBatch | None) -> None:
         arrays = list(carried.columns) if carried is not None else []
-        arrays += map(_array, _columns(rows), _CELL_TYPES)
-        if self._response_body:
-            arrays.append(_bodies(rows.outcomes))
+        try:
+            arrays += self._arrays(rows)
+        except UnicodeEncodeError:
+            arrays += self._arrays(cleaned(rows))
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
         size = batch.nbytes
         count = len(rows.outcomes)
@@ -79,6 +60,9 @@ class ParquetWriter:
         self._writer.add_key_value_metadata({FOOTER_KEY: footer_json(footer)})
         self._writer.close()
 
+    def _arrays(self, rows: Rows) -> list[pa.Array]:
+        return [_array(column.values(rows), column.type) for column in self._columns]
+
     def _close_group(self) -> None:
         if self._group:
             table = pa.Table.from_batches(self._group, self._schema)
@@ -87,58 +71,92 @@ class ParquetWriter:
             self._writer.write_table(table, row_group_size=GROUP_ROWS)
 
 
-def _columns(rows: Rows) -> list[Sequence[object]]:
-    """The values in the order of ANSWER_COLUMNS, but for the last: the body."""
-    outcomes, tokens, said = rows.outcomes, rows.tokens, rows.answers
-    return [
-        rows.custom_ids,
-        ["ok" if o.kind == "ok" else "error" for o in outcomes],
-        said.responses,
-        said.finish_reasons,
-        [o.model or None for o in outcomes],
-        said.response_models,
-        *tokens,
-        said.reasonings,
-        said.tool_calls,
-        *_error_columns(rows),
-        [o.http_status for o in outcomes],
-        [o.attempts for o in outcomes],
-        [o.in_doubt for o in outcomes],
-        [o.latency_s for o in outcomes],
-        [o.ttft_s for o in outcomes],
-        [o.request_id or None for o in outcomes],
-        [o.finished_at_ms or None for o in outcomes],
-        chat.format_hashes([o.hash for o in outcomes]),
-    ]
-
-
-def _error_columns(rows: Rows) -> Iterable[Sequence[object]]:
-    """Kind, code and message; null where a row is ok."""
-    failed = [None if o.kind == "ok" else o for o in rows.outcomes]
-    if failed.count(None) == len(failed):
-        return failed, failed, failed
-    return (
-        [o and (o.kind if o.hash else INVALID_INPUT) for o in failed],
-        [o and (o.code or None) for o in failed],
-        [o and (text or None) for o, text in zip(failed, rows.messages, strict=True)],
-    )
-
-
-def _array(values: Sequence[object], kind: pa.DataType) -> pa.Array:
+def _array(values: Sequence[object] | pa.Array, kind: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values
     first = values[0]
-    try:
-        if values.count(first) == len(values):  # most columns are of one value, or of none
-            return pa.repeat(pa.scalar(first, kind), len(values))
-        return pa.array(values, kind)
-    except UnicodeEncodeError:
-        return pa.array([clean(v) if isinstance(v, str) else v for v in values], kind)
+    if values.count(first) == len(values):  # most columns are of one value, or of none
+        return pa.repeat(pa.scalar(first, kind), len(values))
+    return pa.array(values, kind)
 
 
-def _bodies(outcomes: Sequence[Outcome]) -> pa.Array:
-    """The column response_body; a body put together from columns is not the endpoint's."""
-    bodies = [o.body if o.body and not o.rebuilt else None for o in outcomes]
+def parquet_footer(path: Path) -> Footer | None:
     try:
-        return pa.array(bodies, pa.string())  # checks the UTF-8 and copies, no text in between
-    except pa.ArrowInvalid:
-        texts = [None if body is None else chat.body_text(body) for body in bodies]
-        return pa.array(texts, pa.string())
+        with path.open("rb") as raw:
+            metadata = pq.read_metadata(raw).metadata or {}
+    except pa.ArrowException:
+        return None
+    return footer(metadata.get(FOOTER_KEY, b""))
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
+    with (
+        reading(path),
+        path.open("rb") as raw,
+        pq.ParquetFile(raw, pre_buffer=False, buffer_size=256_000) as file,
+    ):
+        yield file
+
+
+_BACK: Final = NAMES[1:]  # the custom_id is the input's to say
+# What an answer may be put together from; its further members say how it was read.
+_SAID: Final = ("response", "finish_reason", "response_model", "usage", "reasoning", "tool_calls")
+
+
+def parquet_outcomes(
+    file: pq.ParquetFile, api: Api, groups: list[int] | None = None
+) -> Iterator[Outcome]:
+    """What a published file holds, in order, or some of its row groups; without invalid rows."""
+    present = [name for name in _BACK if name in file.schema_arrow.names]
+    for batch in file.iter_batches(
+        PIECE_ROWS, row_groups=groups, columns=present, use_threads=False
+    ):
+        yield from (each for each in _settled(batch, present, api) if type(each) is Outcome)
+
+
+def parquet_slices(path: Path, api: Api) -> tuple[pa.Schema, Iterator[Slice]]:
+    """A published file as what ``publish`` takes, with the schema of the carried columns."""
+    with reading(path), path.open("rb") as raw:
+        schema = pq.read_schema(raw)
+    fields = [field for field in schema if field.name not in NAMES]
+    carried = pa.schema(fields, metadata=schema.metadata)
+    return carried, _slices(path, carried.names, api)
+
+
+def _slices(path: Path, carried: list[str], api: Api) -> Iterator[Slice]:
+    done = 0
+    with parquet_file(path) as file:
+        for batch in file.iter_batches(PIECE_ROWS, use_threads=False):
+            names = batch.schema.names
+            outcomes = _settled(batch, [name for name in _BACK if name in names], api)
+            sources = [f"{path}:{done + at}" for at in range(1, batch.num_rows + 1)]
+            done += batch.num_rows
+            custom_ids = batch.column("custom_id").to_pylist()
+            yield Slice(batch.select(carried), custom_ids, sources, outcomes)
+
+
+def _settled(batch: pa.RecordBatch, names: Collection[str], api: Api) -> list[Outcome | InvalidRow]:
+    """A row published without ``response_body`` gets one put together from its columns."""
+    table = {name: back_values(batch.column(name)) for name in names}
+    absent = [None] * batch.num_rows
+    usages = list(map(Usage, *(table.get(name, absent) for name in Usage.__struct_fields__)))
+    texts = table.get("response_body", absent)
+    rebuilt = [
+        text is None and status == "ok" for text, status in zip(texts, table["status"], strict=True)
+    ]
+    bodies = [(text or "").encode() for text in texts]
+    if any(rebuilt):
+        said = {**table, "usage": usages}
+        answers = map(Answer, *(said.get(name, absent) for name in _SAID))
+        for at, answer in enumerate(answers):
+            if rebuilt[at]:
+                bodies[at] = api.rebuild(answer)
+    return settled(table, usages, bodies, rebuilt)
+
+
+def back_values(column: pa.Array) -> list[Any]:
+    """The values as Python has them; instants as Unix milliseconds."""
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(INSTANT).cast(pa.int64())
+    return cast("list[Any]", column.to_pylist())

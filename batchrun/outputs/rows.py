@@ -22,9 +22,6 @@ PIECE_ROWS = 1_024
 PIECE_BYTES = 4_000_000
 
 
-_NO_ANSWER = Answer()
-
-
 # Stands for a row that never became a request, and alone has no hash: but for its code, every
 # column it fills is null or zero.
 _NOT_SENT = Outcome(
@@ -68,26 +65,26 @@ class Slice(NamedTuple):
     outcomes: Sequence[Outcome | InvalidRow | None]
 
 
-class Row(NamedTuple):
-    custom_id: str
-    outcome: Outcome  # like _NOT_SENT: invalid input
-    answer: Answer
-    message: str  # of the error, "" when there is none
-
-
 class Rows(NamedTuple):
     """The rows of a piece, by column: one tuple a row would be most of what publishing costs."""
 
     custom_ids: Sequence[str]
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[Outcome]  # like _NOT_SENT: invalid input
+    failed: Sequence[Outcome | None]  # the same, None where the row is ok
     tokens: Tokens
     answers: Answers
-    messages: Sequence[str]
 
-    def one_by_one(self) -> Iterator[Row]:
-        columns = zip(*self.answers, strict=True)
-        said = (Answer(a, b, c, NO_USAGE, d, e, f) for a, b, c, d, e, f in columns)
-        return map(Row, self.custom_ids, self.outcomes, said, self.messages)
+    def answer(self, at: int) -> Answer:
+        said = self.answers
+        return Answer(
+            said.responses[at],
+            said.finish_reasons[at],
+            said.response_models[at],
+            self.outcomes[at].usage,
+            said.reasonings[at],
+            said.tool_calls[at],
+            said.refusals[at],
+        )
 
 
 def pieces(whole: Slice) -> Iterator[Slice]:
@@ -135,21 +132,25 @@ def told(piece: Slice, tally: OutputTally, api: Api) -> tuple[Rows, pa.RecordBat
         carried = None if carried is None else carried.take(pa.array(kept, pa.int64()))
     found = [piece.outcomes[at] for at in kept]
     ok = [at for at, each in enumerate(found) if type(each) is Outcome and each.kind == "ok"]
-    messages = [""] * len(found)
+    failed: list[Outcome | None] = [None] * len(found)
     if len(ok) < len(found):
         tally.note_models([each.model for each in found if type(each) is Outcome])
         custom_ids = list(custom_ids)
         for at in sorted(set(range(len(found))) - set(ok)):
-            failed = cast("Outcome | InvalidRow", found[at])
-            row = _failed(custom_ids[at], failed, piece.sources[kept[at]], tally)
-            custom_ids[at], found[at], messages[at] = row.custom_id, row.outcome, row.message
-    rows = _rows(custom_ids, cast("list[Outcome]", found), messages, api)
+            custom_ids[at] = clean(custom_ids[at])
+            row = cast("Outcome | InvalidRow", found[at])
+            source = clean(piece.sources[kept[at]])
+            found[at] = failed[at] = _failed(custom_ids[at], row, source, tally)
+    rows = _rows(custom_ids, cast("list[Outcome]", found), failed, api)
     _tell_ok(rows, ok, tally)
     return rows, carried
 
 
 def _rows(
-    custom_ids: Sequence[str], outcomes: Sequence[Outcome], messages: Sequence[str], api: Api
+    custom_ids: Sequence[str],
+    outcomes: Sequence[Outcome],
+    failed: Sequence[Outcome | None],
+    api: Api,
 ) -> Rows:
     usages = [outcome.usage for outcome in outcomes]
     tokens = Tokens(
@@ -160,7 +161,7 @@ def _rows(
         [usage.reasoning_tokens for usage in usages],
     )
     bodies = [o.body if o.kind == "ok" else api.nothing for o in outcomes]
-    return Rows(custom_ids, outcomes, tokens, api.columns(bodies), messages)
+    return Rows(custom_ids, outcomes, failed, tokens, api.columns(bodies))
 
 
 def _tell_ok(rows: Rows, ok: list[int], tally: OutputTally) -> None:
@@ -174,30 +175,31 @@ def _tell_ok(rows: Rows, ok: list[int], tally: OutputTally) -> None:
     tally.add_ok(models, occurrences, tokens, said)
 
 
-def _failed(custom_id: str, outcome: Outcome | InvalidRow, source: str, tally: OutputTally) -> Row:
-    source = clean(source)
-    if isinstance(outcome, Outcome):
-        row = clean_row(Row(custom_id, outcome, _NO_ANSWER, outcome.message))
-        tally.add(row.outcome, None, None, row.custom_id, source)
-        return row
-    reason = clean(outcome.reason)
-    not_sent = msgspec.structs.replace(_NOT_SENT, code=outcome.code)
-    row = Row(clean(custom_id), not_sent, _NO_ANSWER, f"{source}: {reason}")
-    tally.add(None, reason, None, row.custom_id, source, invalid_code=outcome.code)
-    return row
+def _failed(custom_id: str, row: Outcome | InvalidRow, source: str, tally: OutputTally) -> Outcome:
+    if isinstance(row, Outcome):
+        outcome = _clean(row)
+        tally.add(outcome, None, None, custom_id, source)
+        return outcome
+    reason = clean(row.reason)
+    tally.add(None, reason, None, custom_id, source, invalid_code=row.code)
+    return msgspec.structs.replace(_NOT_SENT, code=row.code, message=f"{source}: {reason}")
 
 
-def clean_row(row: Row) -> Row:
-    """The row with texts that UTF-8 can hold; a journal or a header may have brought others."""
-    custom_id, outcome, answer, message = row
-    outcome = msgspec.structs.replace(
+def cleaned(rows: Rows) -> Rows:
+    """The rows with texts that UTF-8 can hold; a journal or a header may have brought others."""
+    return rows._replace(
+        custom_ids=list(map(clean, rows.custom_ids)), outcomes=list(map(_clean, rows.outcomes))
+    )
+
+
+def _clean(outcome: Outcome) -> Outcome:
+    return msgspec.structs.replace(
         outcome,
         code=clean(outcome.code),
         message=clean(outcome.message),
         request_id=clean(outcome.request_id),
         model=clean(outcome.model),
     )
-    return Row(clean(custom_id), outcome, answer, clean(message))
 
 
 def clean(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 
 from batchrun import inputs, outputs
@@ -13,7 +12,7 @@ from batchrun.console import CollectFacts
 from batchrun.errors import UsageError
 from batchrun.inputs import Batch
 from batchrun.journal import Journal, Saved, StateDir, holder, read_saved, restored
-from batchrun.outputs import Footer, OutputTally, PublishedRow, Schema, Slice
+from batchrun.outputs import Footer, OutputTally, Schema, Slice
 from batchrun.runs import plan
 from batchrun.runs.opening import has_journal, now_utc, prompt_settings, state_of
 from batchrun.runs.status import footer_of, format_of, place_of, size
@@ -113,22 +112,12 @@ def _published_slices(output: Path) -> tuple[Schema, Iterator[Slice]]:
         return outputs.slices_of(output)
     # A JSONL output has values but no types: they are found as for any JSONL input.
     file = inputs.resolve([str(output)]).files[0]
-    types = inputs.ColumnTypes(None)
-    for rows in _batched(outputs.published_rows(output), inputs.BATCH_ROWS):
-        types.observe(file, Batch(range(len(rows)), [row.carried for row in rows], None))
+    types = inputs.ColumnTypes(None, outputs.NAMES)
+    for piece in outputs.untyped_slices(output):
+        types.observe(file, Batch(range(len(piece.carried)), [*piece.carried], None))
     carried = types.carried()
     slices = (
-        Slice(
-            carried.from_rows([row.carried for row in rows]),
-            [row.custom_id for row in rows],
-            [row.source for row in rows],
-            [row.outcome for row in rows],
-        )
-        for rows in _batched(outputs.published_rows(output), inputs.BATCH_ROWS)
+        piece.rows._replace(carried=carried.from_rows([*piece.carried]))
+        for piece in outputs.untyped_slices(output)
     )
     return carried.schema, slices
-
-
-def _batched(rows: Iterator[PublishedRow], size: int) -> Iterator[list[PublishedRow]]:
-    while batch := list(islice(rows, size)):
-        yield batch

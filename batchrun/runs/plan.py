@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from batchrun import chat, inputs
+from batchrun import chat, inputs, outputs
 from batchrun.chat import CHAT, Api, Builder, Built, Identity, Invalid, Layout, PromptSettings
 from batchrun.config import RunConfig
 from batchrun.errors import StoppedEarly
@@ -135,7 +135,7 @@ def make_plan(
 
     ``check_stop`` is called once a batch and raises to end the pass.
     """
-    types = ColumnTypes(config.carry)
+    types = ColumnTypes(config.carry, outputs.NAMES)
     plan = Plan(sources, array("I"), Counts(), types.carried())
     ids = RepeatedIds()
     journal.begin_pass()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from batchrun import chat, inputs, process
+from batchrun import chat, inputs, outputs, process
 from batchrun.chat import Invalid
 from batchrun.config import STDIN, RunConfig
 from batchrun.console import BadRowFacts, ValidateFacts
@@ -26,7 +26,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
         files, skipped = inputs.resolve(config.inputs, config.input_format, spool=spool)
         settings = prompt_settings(config)
         sources = plan.lay_out(files, settings, config)
-        types, ids = inputs.ColumnTypes(config.carry), inputs.RepeatedIds()
+        types, ids = inputs.ColumnTypes(config.carry, outputs.NAMES), inputs.RepeatedIds()
         table = SlotTable()
         rows = repeats = bad = 0
         bad_rows: list[BadRowFacts] = []

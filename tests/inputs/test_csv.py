@@ -21,6 +21,7 @@ from batchrun.errors import UsageError
 from batchrun.inputs import BadRow, Batch, ColumnTypes, InputFile, head, read, resolve, spool
 from batchrun.inputs import csv as csv_room
 from batchrun.inputs import lines as lines_room
+from batchrun.outputs import NAMES
 
 if TYPE_CHECKING:
     from conftest import StartMock, Submit
@@ -246,7 +247,7 @@ def test_a_quote_that_nothing_closes_is_not_kept_in_memory(
 
 def test_columns_are_text_over_all_files() -> None:
     files = [opened("prompt,n\na,007\n"), opened('{"prompt":"b","n":7}\n', "b.jsonl")]
-    types = ColumnTypes(None)
+    types = ColumnTypes(None, NAMES)
     for file in files:
         for batch in read(file):
             types.observe(file, batch)

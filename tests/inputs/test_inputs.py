@@ -34,6 +34,7 @@ from batchrun.inputs.lines import _split
 from batchrun.inputs.repeated_ids import RepeatedIds
 from batchrun.inputs.rows import BadRow, InputFile, Rows
 from batchrun.inputs.spool import spool
+from batchrun.outputs import NAMES
 
 SAMPLES = Path(__file__).parents[2] / "sample_inputs"
 
@@ -72,7 +73,7 @@ def verdicts(path: Path) -> list[tuple[int, Any]]:
 def carried(*paths: Path, carry: tuple[str, ...] | None = None) -> tuple[Carried, pa.Table]:
     """Both passes over several files."""
     files = resolve([str(path) for path in paths]).files
-    types = ColumnTypes(carry)
+    types = ColumnTypes(carry, NAMES)
     for file in files:
         for batch in read(file):
             types.observe(file, batch)

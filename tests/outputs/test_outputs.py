@@ -23,9 +23,10 @@ import pytest
 from msgspec.structs import replace
 
 from batchrun.chat.identity import format_hash
-from batchrun.chat.reply import ANSWER_COLUMNS, answer, parse
+from batchrun.chat.reply import answer, parse
 from batchrun.config import OutputFormat
 from batchrun.errors import LocalIOError
+from batchrun.outputs.columns import NAMES
 from batchrun.outputs.footer import Footer
 from batchrun.outputs.publish import publish as outputs_publish
 from batchrun.outputs.read_back import read_back, recognise
@@ -139,7 +140,7 @@ def test_the_columns_are_those_of_the_contract(tmp_path: Path) -> None:
         ("request_hash", text),
         ("response_body", text),
     ]
-    assert tuple(schema.names[2:]) == ANSWER_COLUMNS
+    assert tuple(schema.names[2:]) == NAMES
     publish(path, schema=carried, response_body=False)
     assert pq.read_schema(path).names == schema.names[:-1]
 
@@ -636,7 +637,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
-from tests.test_outputs import LocalIOError, completion, outcome, publish, slice_of
+from tests.outputs.test_outputs import LocalIOError, completion, outcome, publish, slice_of
 import random
 words = random.Random(1).randbytes
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
