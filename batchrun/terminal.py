@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
+# A terminal that takes nothing for this long must not keep a finished run from ending.
+FAREWELL_S: Final = 2.0
+
 # C0 and C1 controls, line separators, marks that turn the direction of text, lone surrogates.
 _OBEYED: Final = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"

@@ -12,7 +12,8 @@ import click
 from msgspec import Struct
 
 from batchrun import providers
-from batchrun.cli.options import ENV_PREFIX, strict_json
+from batchrun.cli.options import ENV_PREFIX
+from batchrun.cli.values import strict_json
 from batchrun.config import JSONValue
 from batchrun.errors import UsageError
 

@@ -10,29 +10,10 @@ import click
 
 from batchrun import providers
 from batchrun.cli.config_file import FILE_PARAMS, NO_VARIABLE, read_config_file
-from batchrun.cli.options import DEFAULTS, ENV_PREFIX, parse_duration
+from batchrun.cli.options import DEFAULTS, ENV_PREFIX
+from batchrun.cli.values import number_or_auto, seconds
 from batchrun.config import INPUT_FORMATS
 from batchrun.providers import PROVIDERS
-
-
-def seconds(value: object) -> float:
-    if isinstance(value, (int, float)):
-        return float(value)
-    try:
-        return parse_duration(str(value))
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is not a duration; write 90, 90s, 5m or 1h30m"
-        ) from None
-
-
-def _number_or_auto(value: object) -> int | None:
-    if value == "auto":
-        return None
-    try:
-        return int(str(value))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
 class _Header(click.types.StringParamType):
@@ -253,7 +234,7 @@ DELIVERY = _stack(
     _pace(
         "--concurrency",
         "-c",
-        type=_number_or_auto,
+        type=number_or_auto,
         metavar="N|auto",
         shows="auto, found while running, up to 512",
         help="Requests in flight, at most.",

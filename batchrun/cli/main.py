@@ -11,7 +11,6 @@ import contextlib
 import os
 import shlex
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,11 +37,12 @@ from batchrun.cli.flags import (
     Command,
     Decorator,
     option,
-    seconds,
 )
-from batchrun.cli.options import Given, Layer, Options, build_config, key_variables, parse_headers
+from batchrun.cli.options import Given, Layer, Options, build_config, key_variables
+from batchrun.cli.streams import NoStdout, forget_stdout, print_bytes, say
+from batchrun.cli.values import parse_headers, seconds
 from batchrun.config import STDIN, STDOUT, VERSION, RunConfig, output_format
-from batchrun.console import FAREWELL_S, Progress
+from batchrun.console import Progress
 from batchrun.errors import (
     EXIT_BUG,
     EXIT_OK,
@@ -140,7 +140,7 @@ def _submit(options: Options, config: RunConfig) -> int:
         else:
             _say_the_end(summary, config, talk, quiet=options.quiet)
     if options.json:
-        _print(console.to_json(summary))
+        print_bytes(console.to_json(summary))
     return summary.exit_code
 
 
@@ -151,7 +151,7 @@ def _say_the_end(summary: RunSummary, config: RunConfig, talk: Progress, *, quie
     talk.print_block(block, console.final_lines(summary))
     talk.close()
     if summary.exit_code and (quiet or not talk.is_tty):
-        _say(block)
+        say(block)
 
 
 def _size(output: str | None) -> int | None:
@@ -184,7 +184,7 @@ def validate(ctx: click.Context, /, show: int, **values: object) -> int:
             raise UsageError("--json and --show both write to stdout; choose one")
         facts = validate(build_config(options, given, sends=False), show)
         for body in facts.bodies:
-            _print(f"{body}\n".encode())
+            print_bytes(f"{body}\n".encode())
         _tell(facts, console.validate_block(facts), as_json=options.json)
         return facts.exit_code
 
@@ -256,10 +256,10 @@ def models(ctx: click.Context, /, **values: object) -> int:
         config = build_config(msgspec.structs.replace(options, json=False), given)
         names = asyncio.run(models(config))
         if as_json:
-            _print(console.models_json(names))
+            print_bytes(console.models_json(names))
         else:
             lines = (f"{terminal.one_line(name)}\n" for name in names)
-            _print("".join(lines).encode())
+            print_bytes("".join(lines).encode())
         return EXIT_OK
 
 
@@ -340,8 +340,8 @@ def mock_server(
 
 
 def _say_where(url: str) -> None:
-    _say(f"{'serving':<10}{url}/v1   (Ctrl-C ends it)")
-    _say(f"{'next':<10}batchrun submit INPUT --base-url {url} -m mock-small")
+    say(f"{'serving':<10}{url}/v1   (Ctrl-C ends it)")
+    say(f"{'next':<10}batchrun submit INPUT --base-url {url} -m mock-small")
 
 
 def parse_fault(text: str) -> tuple[str, float]:
@@ -381,9 +381,9 @@ def show_help(ctx: click.Context, topic: str | None) -> int:
 
 def _tell(facts: Struct, block: str, *, as_json: bool) -> None:
     if as_json:
-        _print(console.to_json(facts))
+        print_bytes(console.to_json(facts))
     else:
-        _say(block)
+        say(block)
 
 
 _LAYERS = {layer.name: layer for layer in Layer}
@@ -403,7 +403,7 @@ def _given(ctx: click.Context) -> Given:
 
 def _warn(given: Given) -> None:
     for warning in unknown_variables(given.environ, cli.commands):
-        _say(f"{'note':<10}{terminal.one_line(warning)}")
+        say(f"{'note':<10}{terminal.one_line(warning)}")
 
 
 @contextlib.contextmanager
@@ -442,13 +442,13 @@ def _ends_in_json(wanted: bool, inputs: Sequence[str]) -> Iterator[None]:
     """Print the object that ``--json`` promises also when the command ends in an exception."""
     try:
         yield
-    except _NoStdout:
+    except NoStdout:
         raise
     except (BatchrunError, _Bug, KeyboardInterrupt) as exc:
         if wanted:
             # What ended the command is more than that nobody can be told on stdout.
-            with contextlib.suppress(_NoStdout):
-                _print(console.to_json(console.error_summary(exc, VERSION, inputs)))
+            with contextlib.suppress(NoStdout):
+                print_bytes(console.to_json(console.error_summary(exc, VERSION, inputs)))
         raise
 
 
@@ -504,31 +504,31 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
-        _forget_stdout()
+        forget_stdout()
     sys.exit(code)
 
 
 def run_command(args: list[str]) -> int:
     """Run one command line and return its exit code; everything it says is said."""
     if sys.platform == "win32":
-        _say("batchrun: runs on Linux and macOS; on Windows use it inside WSL")
+        say("batchrun: runs on Linux and macOS; on Windows use it inside WSL")
         return EXIT_USAGE
     try:
         code = cli.main(args, prog_name="batchrun", standalone_mode=False, obj=args)
         return int(code or EXIT_OK)
     except BatchrunError as exc:
-        _say(console.error_text(exc))
+        say(console.error_text(exc))
         return exc.exit_code
     except click.exceptions.NoArgsIsHelpError as exc:
-        _say(exc.format_message())
+        say(exc.format_message())
         return EXIT_USAGE
     except click.ClickException as exc:
-        _say(f"batchrun: {exc.format_message()}")
+        say(f"batchrun: {exc.format_message()}")
         context = exc.ctx if isinstance(exc, click.UsageError) else None
-        _say(f"  see: {context.command_path if context else 'batchrun'} --help")
+        say(f"  see: {context.command_path if context else 'batchrun'} --help")
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort):
-        _say("batchrun: interrupted")
+        say("batchrun: interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
@@ -536,58 +536,15 @@ def run_command(args: list[str]) -> int:
         return _bug(str(exc))
     except Exception as exc:
         if (trouble := _of_the_machine(exc)) is not None:
-            _say(console.error_text(trouble))
+            say(console.error_text(trouble))
             return trouble.exit_code
         return _bug(traceback.format_exc())
 
 
 def _bug(text: str) -> int:
-    _say(text.rstrip())
-    _say(
+    say(text.rstrip())
+    say(
         "batchrun: this is a bug in batchrun; answers received so far are in the journal.\n"
         "  Please report it with the lines above, after a look that nothing private is in them."
     )
     return EXIT_BUG
-
-
-class _NoStdout(LocalIOError):
-    """Standard output takes nothing."""
-
-
-def _print(text: bytes) -> None:
-    """Print UTF-8 on stdout, whatever the locale, and know that it has arrived."""
-    if sys.stdout is None:
-        raise _NoStdout("standard output is closed: nothing can be printed there")
-    try:
-        click.echo(text, nl=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as exc:
-        _forget_stdout()
-        raise _NoStdout(f"standard output cannot be written: {exc.strerror}") from exc
-
-
-def _forget_stdout() -> None:
-    # The interpreter flushes once more at its end, and would complain again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _say(text: str) -> None:
-    """Print on stderr; one that takes nothing (a full disk, a paused reader) changes no exit code.
-
-    A write cannot be given up, so it has a thread that can: whoever waits for a run to end does
-    not wait for whoever reads what it says.
-    """
-
-    def echo() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            click.echo(terminal.lines(text), err=True)
-
-    speaking = threading.Thread(target=echo, daemon=True)
-    try:
-        speaking.start()
-    except RuntimeError:  # no memory for a thread; what is said may be just that
-        echo()
-    else:
-        speaking.join(FAREWELL_S)

@@ -7,20 +7,23 @@ function of values.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
-from datetime import time as day_time
+from datetime import datetime
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NoReturn
 
 from msgspec import Struct
 
 from batchrun import providers, shell
+from batchrun.cli.values import (
+    is_text,
+    parse_carry,
+    parse_deadline,
+    parse_headers,
+    parse_param,
+    split_columns,
+    strict_json,
+)
 from batchrun.config import (
     STDOUT,
     Allowance,
@@ -38,9 +41,6 @@ from batchrun.secret import Secret, hidden_in_url
 from batchrun.types import Shape
 
 ENV_PREFIX = "BATCHRUN_"
-
-
-MAX_DEPTH = 100
 
 
 DEFAULTS = RunConfig(inputs=(), output=STDOUT, output_format="jsonl")
@@ -199,11 +199,6 @@ def _check_text(options: Options) -> None:
                 raise UsageError(f"{flag}: holds bytes that are not UTF-8 text; convert it first")
 
 
-def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold ``text``; what was typed in another encoding has lone surrogates."""
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
-
-
 def _settled_output(options: Options) -> str:
     if options.output is None:
         return default_output(options.inputs, mock=options.mock)
@@ -296,140 +291,6 @@ def _env_params(environ: Mapping[str, str]) -> dict[str, JSONValue]:
     if not isinstance(value, dict):
         raise UsageError(f'{ENV_PREFIX}PARAM must be a JSON object, such as {{"top_p": 0.9}}')
     return value
-
-
-def parse_param(text: str) -> tuple[str, JSONValue]:
-    """``K=V``: V is JSON if it parses, else the string itself. NaN and Infinity are not JSON."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise UsageError(f"--param {text}: write it as NAME=VALUE")
-    try:
-        return name.strip(), strict_json(value)
-    except ValueError:
-        return name.strip(), value
-
-
-def strict_json(text: str) -> Any:
-    """JSON as the RFC has it, with every number finite; else ValueError.
-
-    UsageError when it nests deeper than anything that reads it later could follow.
-    """
-    try:
-        value = json.loads(text, parse_constant=_not_json, parse_float=_finite)
-        is_deep = _is_deep(value)
-    except RecursionError:
-        is_deep = True
-    if is_deep:
-        raise UsageError(f"a parameter nests more than {MAX_DEPTH} levels deep")
-    if "\\u" in text and not is_text(json.dumps(value, ensure_ascii=False)):
-        raise UsageError("a parameter holds half of a surrogate pair (such as \\ud800)")
-    return value
-
-
-def _is_deep(value: object) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        below: list[object] = []
-        for item in level:
-            if isinstance(item, dict):
-                below += item.values()
-            elif isinstance(item, list):
-                below += item
-        level = below
-    return bool(level)
-
-
-def _not_json(text: str) -> NoReturn:
-    raise ValueError(text)
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(text)
-    return number
-
-
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-
-
-_OUR_HEADERS = frozenset({"content-length", "content-type", "host", "transfer-encoding"})
-
-
-def parse_headers(texts: Sequence[str]) -> tuple[tuple[str, Secret], ...]:
-    """``Name: value``, or ``@FILE`` with one on each line. No error repeats a value."""
-    return tuple(_parse_header(line) for text in texts for line in _header_lines(text))
-
-
-def _header_lines(text: str) -> list[str]:
-    if not text.startswith("@"):
-        return [text]
-    try:
-        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else "not a text file"
-        raise UsageError(f"-H {text}: {why}") from exc
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
-def _parse_header(line: str) -> tuple[str, Secret]:
-    name, colon, value = line.partition(":")
-    name, value = name.strip(), value.strip()
-    if not colon or not _HEADER_NAME.fullmatch(name):
-        raise UsageError("-H: write a header as 'Name: value', or @FILE with one on each line")
-    if name.lower() in _OUR_HEADERS:
-        raise UsageError(f"-H {name}: that header is batchrun's to set")
-    if not value.isprintable() or not value.isascii():
-        raise UsageError(f"-H {name}: the value holds characters no header can carry")
-    return name, Secret(value)
-
-
-def parse_carry(text: str) -> tuple[str, ...] | None:
-    if text == "all":
-        return None
-    return () if text == "none" else split_columns(text)
-
-
-def split_columns(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-_UNITS_S = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
-
-
-_DURATION = re.compile(
-    r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?"
-)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of ``90``, ``90s``, ``2h``, ``1h30m``; else ValueError."""
-    match = _DURATION.fullmatch(text.strip().lower())
-    if match is None or not any(match.groups()):
-        raise ValueError(text)
-    return sum(
-        float(number) * unit_s
-        for number, unit_s in zip(match.groups(), _UNITS_S.values(), strict=True)
-        if number
-    )
-
-
-def parse_deadline(text: str, now: datetime | None = None) -> float:
-    """Seconds until a deadline: a duration, or the next such local time of day."""
-    with contextlib.suppress(ValueError):
-        if (seconds := parse_duration(text)) > 0:
-            return seconds
-    try:
-        at = day_time.fromisoformat(text.zfill(5))  # 6:00 is 06:00
-    except ValueError:
-        raise UsageError(f"--deadline {text}: write 2h, 1h30m or a time such as 06:00") from None
-    now = (now or datetime.now()).astimezone()
-    # Built without an offset and localised afterwards, so that a change of clocks counts.
-    today = datetime.combine(now.date(), at.replace(tzinfo=None))
-    then = today.astimezone()
-    if then <= now:
-        then = (today + timedelta(days=1)).astimezone()
-    return then.timestamp() - now.timestamp()
 
 
 def command_to_paste(argv: Sequence[str]) -> str:

@@ -15,10 +15,8 @@ from batchrun.console.instead import error_summary, error_text, skipped_summary
 from batchrun.console.progress import Progress, Snapshot
 from batchrun.console.start import start_block, start_lines
 from batchrun.console.views import collect_block, status_block, validate_block
-from batchrun.console.writer import FAREWELL_S
 
 __all__ = [
-    "FAREWELL_S",
     "BadRowFacts",
     "CollectFacts",
     "FileFacts",

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
 from batchrun import terminal
+from batchrun.terminal import FAREWELL_S
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -26,10 +27,6 @@ LABEL_WIDTH = 10
 
 
 MAX_LINES_BEHIND = 1_000
-
-
-# A terminal that takes nothing for this long must not keep a finished run from ending.
-FAREWELL_S = 2.0
 
 
 class Lines(NamedTuple):

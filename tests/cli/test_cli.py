@@ -24,6 +24,8 @@ from batchrun.cli.options import (
     Options,
     build_config,
     command_to_paste,
+)
+from batchrun.cli.values import (
     parse_carry,
     parse_deadline,
     parse_duration,
