@@ -20,6 +20,7 @@ from batchrun.config import (
     InputFormat,
     JSONValue,
     RunConfig,
+    Shape,
     default_output,
     output_format,
 )
@@ -28,7 +29,7 @@ from batchrun.errors import NoKey, UsageError
 from batchrun.providers import resolve
 from batchrun.secret import Secret
 from batchrun.summary import RunSummary
-from batchrun.types import Result, Shape
+from batchrun.types import Result
 
 if TYPE_CHECKING:
     import pyarrow as pa

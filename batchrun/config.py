@@ -7,7 +7,6 @@ makes the finished file be written anew, without a request.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,13 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 from batchrun.errors import UsageError
 from batchrun.providers import MOCK, Endpoint
 from batchrun.secret import Secret
-from batchrun.types import Shape
 
 JSONValue: TypeAlias = (
     bool | int | float | str | Sequence["JSONValue"] | Mapping[str, "JSONValue"] | None
 )
+
+
+Shape = Literal["batch", "messages", "prompt", "body"]  # what a row is
 
 
 InputFormat = Literal["jsonl", "csv", "tsv", "parquet"]
@@ -107,21 +108,6 @@ class Allowance:
 
     def __str__(self) -> str:
         return f"{self.rows:,}" if self.share is None else f"{self.share * 100:g}%"
-
-
-FOREVER = "forever"
-
-
-def parse_keep_unused(text: str) -> float | None:
-    """``--keep-unused``: days, or None for ever."""
-    if text == FOREVER:
-        return None
-    try:
-        if 0 <= (days := float(text)) < math.inf:
-            return days
-    except ValueError:
-        pass
-    raise UsageError(f"--keep-unused {text}: a number of days, forever, or 0 to keep none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import io
 import os
@@ -10,12 +9,17 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO, cast
+from types import FrameType
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from batchrun.errors import UsageError
+
+if TYPE_CHECKING:
+    import asyncio
 
 # timeout(1) and some shells signal the process and then its whole group: that is one wish.
 ECHO_S = 0.3
@@ -50,6 +54,8 @@ def signals(
     ``last_words()`` and is gone: safe at any moment, for the journal is valid after every write.
     A signal that was ignored at the start (nohup, background jobs) stays ignored.
     """
+    import asyncio
+
     loop = asyncio.get_running_loop()
     first_s: float | None = None
     leaving: asyncio.TimerHandle | None = None
@@ -85,6 +91,35 @@ def signals(
             leaving.cancel()
         for signum in caught:
             loop.remove_signal_handler(signum)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let imports come to their end before a Ctrl-C in them is a KeyboardInterrupt.
+
+    Libraries that are interrupted half-way raise whatever they like. A second Ctrl-C cuts in.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
+        yield
+        return
+    held = False
+
+    def hold(_signum: int, _frame: FrameType | None) -> None:
+        nonlocal held
+        held = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if held:
+        raise KeyboardInterrupt
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def hold_standard_streams() -> None:

@@ -20,9 +20,6 @@ DecisionKind = Literal[
 ]
 
 
-Shape = Literal["batch", "messages", "prompt", "body"]
-
-
 Scope = Literal["row", "model", "run"]
 
 

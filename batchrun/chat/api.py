@@ -16,8 +16,9 @@ from batchrun.chat import reply
 from batchrun.chat.build import Builder
 from batchrun.chat.shape import Layout, PromptSettings, Row, detect
 from batchrun.chat.stream import Assembler
+from batchrun.config import Shape
 from batchrun.providers import CHAT_PATH
-from batchrun.types import Answer, Answers, Reply, Shape
+from batchrun.types import Answer, Answers, Reply
 
 
 class _Detect(Protocol):

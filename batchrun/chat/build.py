@@ -26,9 +26,8 @@ from batchrun.chat.shape import (
     Row,
     Unusable,
 )
-from batchrun.config import JSONValue
+from batchrun.config import JSONValue, Shape
 from batchrun.providers import CHAT_PATH
-from batchrun.types import Shape
 
 # A table that holds nulls turns its integers into doubles (pandas), and endpoints refuse 256.0.
 _WHOLE_NUMBERS: Final = frozenset(

@@ -8,9 +8,8 @@ from typing import Final, NamedTuple, TypeAlias
 
 from msgspec import Struct
 
-from batchrun.config import JSONValue
+from batchrun.config import JSONValue, Shape
 from batchrun.errors import UsageError
-from batchrun.types import Shape
 
 Row: TypeAlias = Mapping[str, JSONValue]
 

@@ -1,28 +1,36 @@
-"""Flags, declared once: their words in ``--help``, their variables, their keys in a config file."""
+"""Every flag, said once: its words in ``--help``, how it is read, and who may set it.
+
+A flag named as a field of RunConfig, but for the field's unit, sets that field and has its
+default: such a flag is one line here and one field there. The others are settled together, in
+``options.build_config``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
-from typing import Any, TypeVar
+from operator import not_
+from typing import Any, Literal, get_args
 
 import click
 
 from batchrun import providers
-from batchrun.cli.config_file import FILE_PARAMS, NO_VARIABLE, read_config_file
-from batchrun.cli.options import DEFAULTS, ENV_PREFIX
-from batchrun.cli.values import number_or_auto, seconds
-from batchrun.config import INPUT_FORMATS
+from batchrun.cli.values import (
+    number_or_auto,
+    parse_carry,
+    parse_deadline,
+    parse_keep_unused,
+    seconds,
+    split_columns,
+)
+from batchrun.config import STDOUT, Allowance, IfLocked, InputFormat, RunConfig, Shape
 from batchrun.providers import PROVIDERS
 
-
-class _Header(click.types.StringParamType):
-    def split_envvar_value(self, rv: str) -> list[str]:
-        # Click would split at spaces, which every header has.
-        return rv.splitlines()
+ENV_PREFIX = "BATCHRUN_"
 
 
-HEADINGS = (
+Heading = Literal[
     "What is sent",
     "Endpoint and key",
     "Pace",
@@ -31,36 +39,72 @@ HEADINGS = (
     "State",
     "Talk",
     "Options",
-)
-
-
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-Decorator = Callable[[Function], Function]
+]
 
 
 class Command(click.Command):
     """A command whose ``--help`` has its options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in HEADINGS}
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in get_args(Heading)}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
-                heading = param.heading if isinstance(param, _Option) else HEADINGS[-1]
-                sections[heading].append(record)
+                sections[getattr(param, "heading", "Options")].append(record)
         for heading, records in sections.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
 
 
-class _Option(click.Option):
-    def __init__(self, *args: Any, heading: str, shows: str | None, **more: Any) -> None:
-        super().__init__(*args, **more)
+DEFAULTS = RunConfig(inputs=(), output=STDOUT, output_format="jsonl")
+
+
+_FIELDS = {
+    field.name.removesuffix("_s").removesuffix("_days"): field.name for field in fields(RunConfig)
+}
+
+
+class Option(click.Option):
+    """An option that knows its heading, its variable, and the RunConfig field it sets, if any.
+
+    ``shows`` says in the help what happens without it; a ``typed_only`` option has no variable and
+    no key in a config file. ``read`` makes the field's value of what click read, so late that a
+    mistake in it ends as any other of the run's.
+    """
+
+    def __init__(
+        self,
+        *names: str,
+        heading: Heading = "Options",
+        field: str | None = None,
+        read: Callable[[Any], object] | None = None,
+        default: object = None,
+        shows: str | None = None,
+        typed_only: bool = False,
+        variable: bool = True,
+        **more: Any,
+    ) -> None:
+        long = next(name for name in names if name.startswith("--"))
+        name = long.removeprefix("--").replace("-", "_")
+        self.field = _FIELDS.get(name, "") if field is None else field
+        self.read = read
         self.heading = heading
+        self.is_settable = not typed_only
+        if self.field.endswith("_s") and read is None:
+            more = {"type": seconds, "metavar": "SECONDS", **more}
+        if self.field and default is None:
+            default = getattr(DEFAULTS, self.field)
+            if shows is None and not isinstance(default, bool | tuple | None):
+                shows = f"{default:g}" if isinstance(default, float) else str(default)
         self._shows = shows
+        super().__init__(
+            [*names, name],
+            default=False if more.get("is_flag") else None if read is not None else default,
+            show_default=default is not None,
+            envvar=ENV_PREFIX + name.upper() if variable and not typed_only else None,
+            **more,
+        )
 
     def get_help_extra(self, ctx: click.Context) -> click.types.OptionHelpExtra:
         """The default without the brackets that Click puts around words."""
@@ -70,87 +114,39 @@ class _Option(click.Option):
         return extra
 
 
-def option(
-    *names: str,
-    heading: str = "Options",
-    default: object = None,
-    shows: str | None = None,
-    variable: bool = True,
-    **more: Any,
-) -> Decorator[Any]:
-    """An option with its BATCHRUN_* variable, if it has one, under its heading in ``--help``.
-
-    The default is shown where there is one; ``shows`` says in words what happens without.
-    """
-    long = next(name for name in names if name.startswith("--")).removeprefix("--")
-    name = long.replace("-", "_")
-    if more.get("is_flag"):
-        default = False
-    return click.option(
-        *names,
-        name,
-        cls=_Option,
-        heading=heading,
-        shows=shows,
-        default=default,
-        show_default=default is not None and default is not False,
-        envvar=ENV_PREFIX + name.upper() if variable and name not in NO_VARIABLE else None,
-        **more,
-    )
+def settable(command: click.Command) -> set[str]:
+    """The names of the options that environment and config file may set."""
+    return {param.name or "" for param in command.params if getattr(param, "is_settable", False)}
 
 
-def _stack(*decorators: Decorator[Any]) -> Decorator[Any]:
-    """Several options as one decorator, in the order they are shown."""
-
-    def decorate(function: Function) -> Function:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
+class _Header(click.types.StringParamType):
+    def split_envvar_value(self, rv: str) -> list[str]:
+        # Click would split at spaces, which every header has.
+        return rv.splitlines()
 
 
-def _load_config(ctx: click.Context, _param: click.Parameter, path: str | None) -> str | None:
-    group = ctx.parent.command if ctx.parent is not None else None
-    if path is not None and isinstance(group, click.Group):
-        file = read_config_file(path, group.commands, ctx.info_name or "")
-        ctx.default_map = dict(file.values)
-        ctx.meta[FILE_PARAMS] = file.params
-    return path
+_sent = partial(Option, heading="What is sent")
 
 
-_sent = partial(option, heading="What is sent")
+_endpoint = partial(Option, heading="Endpoint and key")
 
 
-_endpoint = partial(option, heading="Endpoint and key")
+_output = partial(Option, heading="Output")
 
 
-_pace = partial(option, heading="Pace")
+_talk = partial(Option, heading="Talk")
 
 
-_failures = partial(option, heading="Failures")
+_pace = partial(Option, heading="Pace")
 
 
-_output = partial(option, heading="Output")
+_failures = partial(Option, heading="Failures")
 
 
-_state = partial(option, heading="State")
+_state = partial(Option, heading="State")
 
 
-_talk = partial(option, heading="Talk")
-
-
-INPUTS = click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-
-
-CONFIG = _talk(
-    "--config",
-    is_eager=True,
-    callback=_load_config,
-    expose_value=False,
-    metavar="FILE.toml",
-    help="Read options from this file; keys are option names.",
-)
+INPUTS = click.Argument(["inputs"], nargs=-1, required=True, metavar="INPUT...")
 
 
 JSON = _talk("--json", is_flag=True, help="Print one JSON object on stdout at the end.")
@@ -161,41 +157,38 @@ STATE = _state(
 )
 
 
-REQUEST = _stack(
+REQUEST = (
     _sent(
         "--model", "-m", shows="the preset's", help="Model; typed here it replaces the rows' own."
     ),
     _sent("--system", "-s", metavar="TEXT", help="System message for rows without one."),
     _sent(
         "--param",
+        variable=False,  # BATCHRUN_PARAM is one JSON object; see options._env_params
         multiple=True,
         metavar="NAME=VALUE",
         help="Any field of the request; VALUE is JSON if it parses, else a string.",
     ),
     _sent("--temperature", type=float, shows="not sent", help="Same as --param temperature=X."),
     _sent("--max-tokens", type=int, shows="not sent", help="Same as --param max_tokens=N."),
-    _sent(
-        "--shape",
-        type=click.Choice(["batch", "messages", "prompt", "body"]),
-        shows="detected",
-        help="What a row is.",
-    ),
+    _sent("--shape", type=click.Choice(get_args(Shape)), shows="detected", help="What a row is."),
     _sent("--prompt-column", metavar="NAME", shows="prompt", help="The column with the prompt."),
     _sent(
         "--body-columns",
+        read=split_columns,
         metavar="A,B",
         help="More columns to send as fields of the request.",
     ),
     _sent(
         "--input-format",
-        type=click.Choice(list(INPUT_FORMATS)),
+        type=click.Choice(get_args(InputFormat)),
         shows="by suffix",
         help="Format of the inputs.",
     ),
 )
 
 
-ENDPOINT = _stack(
+ENDPOINT = (
     _endpoint(
         "--provider",
         metavar="NAME",
@@ -229,7 +222,7 @@ ENDPOINT = _stack(
 MOCK = _endpoint("--mock", is_flag=True, help="Synthetic answers from inside: no key, no network.")
 
 
-DELIVERY = _stack(
+DELIVERY = (
     _sent("--stream", is_flag=True, help="Ask for server-sent events; records ttft_s."),
     _pace(
         "--concurrency",
@@ -242,111 +235,136 @@ DELIVERY = _stack(
     _pace("--rpm", type=float, shows="what headers say", help="Requests a minute, at most."),
     _pace("--tpm", type=float, shows="what headers say", help="Tokens a minute, at most."),
     _failures(
-        "--max-retries",
-        type=int,
-        default=DEFAULTS.max_retries,
-        help="After temporary failures; waiting out a rate limit does not count.",
+        "--max-retries", help="After temporary failures; waiting out a rate limit does not count."
     ),
     _failures(
         "--max-in-doubt-retries",
-        type=int,
-        default=DEFAULTS.max_in_doubt_retries,
         help="Of those, after attempts that may have been billed, over all runs.",
     ),
+    _pace("--timeout", help="One attempt, after connecting."),
+    _pace("--connect-timeout", help="DNS, TCP and TLS."),
+    _pace("--max-wait", help="Longest rate-limit wait; then exit 75."),
+    _pace("--max-outage", help="Longest time without success; then 75."),
     _pace(
-        "--timeout",
-        type=seconds,
-        metavar="SECONDS",
-        default="600",
-        help="One attempt, after connecting.",
+        "--deadline",
+        metavar="2h|06:00",
+        read=parse_deadline,
+        help="Start no request after this; then 75.",
     ),
-    _pace(
-        "--connect-timeout",
-        type=seconds,
-        metavar="SECONDS",
-        default="10",
-        help="DNS, TCP and TLS.",
-    ),
-    _pace(
-        "--max-wait",
-        type=seconds,
-        metavar="SECONDS",
-        default="600",
-        help="Longest rate-limit wait; then exit 75.",
-    ),
-    _pace(
-        "--max-outage",
-        type=seconds,
-        metavar="SECONDS",
-        default="600",
-        help="Longest time without success; then 75.",
-    ),
-    _pace("--deadline", metavar="2h|06:00", help="Start no request after this; then 75."),
-    _pace(
-        "--drain",
-        type=seconds,
-        metavar="SECONDS",
-        default="25",
-        help="Wait for answers in flight at an early end.",
-    ),
-    _failures(
-        "--abort-after",
-        type=int,
-        default=DEFAULTS.abort_after,
-        help="Exit 4 when the first N rows all fail alike; 0: never.",
-    ),
+    _pace("--drain", help="Wait for answers in flight at an early end."),
+    _failures("--abort-after", help="Exit 4 when the first N rows all fail alike; 0: never."),
 )
 
 
-ROWS = _stack(
-    _sent("--limit", "-n", type=int, shows="all", help="Only the first N rows."),
-    _failures("--retry-failed", is_flag=True, help="Also send rejected rows again."),
+ROWS = (
+    _sent("--limit", "-n", typed_only=True, type=int, shows="all", help="Only the first N rows."),
+    _failures(
+        "--retry-failed", typed_only=True, is_flag=True, help="Also send rejected rows again."
+    ),
     _output(
-        "--overwrite", is_flag=True, help="Replace an output made otherwise; keeps it as .bak."
+        "--overwrite",
+        typed_only=True,
+        is_flag=True,
+        help="Replace an output made otherwise; keeps it as .bak.",
     ),
     _failures(
         "--allow-failures",
+        read=Allowance.parse,
         metavar="N|P%",
-        default=str(DEFAULTS.allow_failures),
         help="So many failed rows still exit 0.",
     ),
     _state(
         "--if-locked",
-        type=click.Choice(["fail", "wait", "skip"]),
-        default=DEFAULTS.if_locked,
+        type=click.Choice(get_args(IfLocked)),
         help="When another run holds this output.",
     ),
     _state(
         "--keep-unused",
+        read=parse_keep_unused,
         metavar="DAYS|forever",
-        default=f"{DEFAULTS.keep_unused_days:g}",
         help="Keep answers whose rows are gone so long; 0: not at all.",
     ),
 )
 
 
-OUTPUT = _stack(
+OUTPUT = (
     _output(
         "--output",
         "-o",
+        field="",
+        typed_only=True,
         metavar="FILE",
         shows="INPUT.results.parquet",
         help="*.parquet, *.jsonl, or - for lines on stdout.",
     ),
     _output(
         "--carry",
+        read=parse_carry,
+        shows="all",
         metavar="all|none|A,B",
-        default="all",
         help="Input columns that the output keeps.",
     ),
-    _output("--no-response-body", is_flag=True, help="Leave out the column response_body."),
+    _output(
+        "--no-response-body",
+        field="response_body",
+        read=not_,
+        is_flag=True,
+        help="Leave out the column response_body.",
+    ),
 )
 
 
-TALK = _stack(
+TALK = (
     _talk("--quiet", "-q", is_flag=True, help="Nothing on success; else the final block only."),
     _talk("--verbose", "-v", is_flag=True, help="Also show how the limits move."),
     JSON,
     _talk("--log-file", metavar="FILE", help="Append a line a minute, and notes."),
-    CONFIG,
 )
+
+
+# Quotas and models in the environment are the client's: the server must not obey them too.
+_knob = partial(Option, field="", typed_only=True)
+
+
+KNOBS = (
+    _knob("--host", default="127.0.0.1", help="Address to listen on."),
+    _knob("--port", type=int, default=8000, help="Port; 0 takes a free one."),
+    _knob(
+        "--latency",
+        type=seconds,
+        metavar="SECONDS",
+        default="0",
+        help="How long every answer takes.",
+    ),
+    _knob(
+        "--jitter",
+        type=seconds,
+        metavar="SECONDS",
+        default="0",
+        help="Up to so much longer, fixed per body.",
+    ),
+    _knob("--seed", type=int, default=0, help="Chooses which requests meet a fault."),
+    _knob(
+        "--fault",
+        multiple=True,
+        metavar="KIND=SHARE",
+        help="A share of requests that fail, such as 429=0.05 or disconnect=0.01.",
+    ),
+    _knob("--rpm", type=float, shows="no limit", help="Requests a minute for each model."),
+    _knob("--tpm", type=float, shows="no limit", help="Tokens a minute for each model."),
+    _knob(
+        "--limit-headers",
+        type=click.Choice(["none", "mistral", "openai"]),
+        default="none",
+        help="How answers tell what is left of the quota.",
+    ),
+    _knob("--slots", type=int, shows="no limit", help="Requests worked on at a time; others wait."),
+    _knob("--model", "-m", multiple=True, metavar="NAME", shows="any", help="A model there is."),
+    _knob("--require-key-env", metavar="NAME", help="Demand the key in this variable."),
+    _knob("--completion-tokens", type=int, shows="short", help="Length of every answer."),
+    _knob("--ledger", metavar="FILE", help="Append a JSON line for each request."),
+)
+
+
+# What is read into the fields of RunConfig, one by one.
+SETTINGS = tuple(option for option in (*OUTPUT, *REQUEST, MOCK, *DELIVERY, *ROWS) if option.field)

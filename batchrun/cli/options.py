@@ -1,49 +1,24 @@
 """Choices and where they come from, settled into a RunConfig.
 
 A choice comes from the highest of: command line, ``BATCHRUN_*``, ``--config`` file, provider
-preset, default. The first three arrive here as an ``Options`` and a ``Given``; what follows is a
-function of values.
+preset, default. The first three arrive here as a ``Given``; what follows is a function of values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-
-from msgspec import Struct
+from typing import Any
 
 from batchrun import providers, shell
-from batchrun.cli.values import (
-    is_text,
-    parse_carry,
-    parse_deadline,
-    parse_headers,
-    parse_param,
-    split_columns,
-    strict_json,
-)
-from batchrun.config import (
-    STDOUT,
-    Allowance,
-    IfLocked,
-    InputFormat,
-    JSONValue,
-    RunConfig,
-    default_output,
-    output_format,
-    parse_keep_unused,
-)
+from batchrun.cli.flags import ENV_PREFIX, SETTINGS
+from batchrun.cli.values import is_text, parse_headers, parse_param, strict_json
+from batchrun.config import STDOUT, JSONValue, RunConfig, default_output, output_format
 from batchrun.errors import UsageError
-from batchrun.providers import PROVIDERS, Endpoint
+from batchrun.providers import MOCK, PROVIDERS, Endpoint
 from batchrun.secret import Secret, hidden_in_url
-from batchrun.types import Shape
-
-ENV_PREFIX = "BATCHRUN_"
-
-
-DEFAULTS = RunConfig(inputs=(), output=STDOUT, output_format="jsonl")
 
 
 class Layer(IntEnum):
@@ -55,71 +30,33 @@ class Layer(IntEnum):
     COMMANDLINE = 3
 
 
-class Options(Struct, frozen=True, kw_only=True):
-    """What was read for ``submit`` or ``validate``; a command without an option has its default.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What click read for a command, and where it comes from.
 
-    ``param``, ``temperature`` and ``max_tokens`` hold what was typed or, for the last two, came
-    from any layer; ``header`` is unparsed.
+    An option that a command has not, or that is None, has its default. ``param`` holds what was
+    typed, ``temperature`` and ``max_tokens`` what came from any layer; ``header`` is unparsed.
     """
 
-    inputs: tuple[str, ...] = ()
-    output: str | None = None
-    input_format: InputFormat | None = None
-    state: str | None = None
-
-    model: str | None = None
-    system: str | None = None
-    param: tuple[str, ...] = ()
-    temperature: float | None = None
-    max_tokens: int | None = None
-    shape: Shape | None = None
-    prompt_column: str | None = None
-    body_columns: str | None = None
-    mock: bool = False
-
-    provider: str | None = None
-    base_url: str | None = None
-    api_key_env: str | None = None
-    api_key_file: str | None = None
-    allow_http: bool = False
-    header: tuple[str, ...] = ()
-
-    stream: bool = False
-    concurrency: int | None = None
-    rpm: float | None = None
-    tpm: float | None = None
-    max_retries: int = DEFAULTS.max_retries
-    max_in_doubt_retries: int = DEFAULTS.max_in_doubt_retries
-    timeout: float = DEFAULTS.timeout_s
-    connect_timeout: float = DEFAULTS.connect_timeout_s
-    max_wait: float = DEFAULTS.max_wait_s
-    max_outage: float = DEFAULTS.max_outage_s
-    deadline: str | None = None
-    drain: float = DEFAULTS.drain_s
-    abort_after: int = DEFAULTS.abort_after
-    limit: int | None = None
-    retry_failed: bool = False
-    overwrite: bool = False
-    allow_failures: str = str(DEFAULTS.allow_failures)
-    if_locked: IfLocked = DEFAULTS.if_locked
-    keep_unused: str = f"{DEFAULTS.keep_unused_days:g}"
-    carry: str = "all"
-    no_response_body: bool = False
-
-    quiet: bool = False
-    verbose: bool = False
-    json: bool = False
-    log_file: str | None = None
-
-
-class Given(Struct, frozen=True, kw_only=True):
-    """Where options come from, beside their values."""
-
-    layers: Mapping[str, Layer] = {}  # option name -> the layer that set it
-    environ: Mapping[str, str] = {}
-    file_params: Mapping[str, JSONValue] = {}  # the ``param`` table of the config file
+    values: Mapping[str, Any]
+    layers: Mapping[str, Layer] = field(default_factory=dict)  # who set each option
+    environ: Mapping[str, str] = field(default_factory=dict)
+    file_params: Mapping[str, JSONValue] = field(default_factory=dict)  # [param] of the config file
     argv: tuple[str, ...] = ()
-    now: datetime | None = None  # for --deadline 06:00; None: the clock
+
+    def text(self, name: str) -> str | None:
+        text: str | None = self.values.get(name)
+        return text
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        return tuple(self.values.get(name, ()))
+
+    def path(self, name: str) -> Path | None:
+        path = self.text(name)
+        return None if path is None else Path(path)
+
+    def flag(self, name: str) -> bool:
+        return bool(self.values.get(name))
 
     def layer(self, name: str) -> Layer:
         return self.layers.get(name, Layer.DEFAULT)
@@ -128,90 +65,68 @@ class Given(Struct, frozen=True, kw_only=True):
         return self.layer(name) is Layer.COMMANDLINE
 
 
-def build_config(options: Options, given: Given, *, sends: bool = True) -> RunConfig:
+def build_config(given: Given, *, sends: bool = True) -> RunConfig:
     """Settle every choice, or say in a UsageError which one cannot work.
 
     Without ``sends`` no key is demanded or read, and several inputs need no output.
     """
-    _check_text(options)
-    output = _settled_output(options) if sends else STDOUT
-    if sends and options.json and output == STDOUT:
+    _check_text(given)
+    output = _settled_output(given) if sends else STDOUT
+    if sends and given.flag("json") and output == STDOUT:
         raise UsageError("--json and -o - both write to stdout; choose one")
-    headers = parse_headers(options.header)
-    endpoint = (
-        providers.MOCK if options.mock else _endpoint(options, given, headers, demands_key=sends)
-    )
-    params, replacing = _params(options, given)
-    return RunConfig(
-        inputs=options.inputs,
-        output=output,
-        output_format=output_format(output),
-        input_format=options.input_format,
-        state_dir=None if options.state is None else Path(options.state),
-        model=options.model or _default_model(options, endpoint),
-        model_replaces=given.typed("model"),
-        system=options.system,
-        params=params,
-        params_replacing=replacing,
-        shape=options.shape,
-        prompt_column=options.prompt_column,
-        body_columns=split_columns(options.body_columns or ""),
-        mock=options.mock,
-        endpoint=endpoint,
-        headers=headers,
-        stream=options.stream,
-        concurrency=options.concurrency,
-        rpm=options.rpm,
-        tpm=options.tpm,
-        max_retries=options.max_retries,
-        max_in_doubt_retries=options.max_in_doubt_retries,
-        timeout_s=options.timeout,
-        connect_timeout_s=options.connect_timeout,
-        max_wait_s=options.max_wait,
-        max_outage_s=options.max_outage,
-        deadline_s=None
-        if options.deadline is None
-        else parse_deadline(options.deadline, given.now),
-        drain_s=options.drain,
-        abort_after=options.abort_after,
-        limit=options.limit,
-        retry_failed=options.retry_failed,
-        overwrite=options.overwrite,
-        allow_failures=Allowance.parse(options.allow_failures),
-        if_locked=options.if_locked,
-        keep_unused_days=parse_keep_unused(options.keep_unused),
-        carry=parse_carry(options.carry),
-        response_body=not options.no_response_body,
-        command=command_to_paste(given.argv),
-    )
+    headers = parse_headers(given.texts("header"))
+    endpoint = MOCK if given.flag("mock") else _endpoint(given, headers, demands_key=sends)
+    params, replacing = _params(given)
+    settled = {
+        "inputs": given.texts("inputs"),
+        "output": output,
+        "output_format": output_format(output),
+        "state_dir": given.path("state"),
+        "model": given.text("model") or _default_model(given, endpoint),
+        "model_replaces": given.typed("model"),
+        "params": params,
+        "params_replacing": replacing,
+        "endpoint": endpoint,
+        "headers": headers,
+        "command": command_to_paste(given.argv),
+    }
+    return RunConfig(**{**_one_by_one(given), **settled})
+
+
+def _one_by_one(given: Given) -> dict[str, Any]:
+    """The fields that one option each sets, whatever the others are."""
+    return {
+        option.field: value if option.read is None else option.read(value)
+        for option in SETTINGS
+        if (value := given.values.get(option.name or "")) is not None
+    }
 
 
 # A file may be called by any bytes; a request holds text.
 _PATHS = frozenset({"inputs", "output", "state", "api_key_file", "log_file"})
 
 
-def _check_text(options: Options) -> None:
-    for name in Options.__struct_fields__:
-        value = getattr(options, name)
+def _check_text(given: Given) -> None:
+    for name, value in given.values.items():
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and name not in _PATHS and not is_text(text):
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag}: holds bytes that are not UTF-8 text; convert it first")
 
 
-def _settled_output(options: Options) -> str:
-    if options.output is None:
-        return default_output(options.inputs, mock=options.mock)
-    if options.output != STDOUT and any(
-        Path(path).exists() and Path(path).resolve() == Path(options.output).resolve()
-        for path in options.inputs
+def _settled_output(given: Given) -> str:
+    output, inputs = given.text("output"), given.texts("inputs")
+    if output is None:
+        return default_output(inputs, mock=given.flag("mock"))
+    if output != STDOUT and any(
+        Path(path).exists() and Path(path).resolve() == Path(output).resolve() for path in inputs
     ):
-        raise UsageError(f"-o {options.output}: that is the input")
-    return options.output
+        raise UsageError(f"-o {output}: that is the input")
+    return output
 
 
 def _endpoint(
-    options: Options, given: Given, headers: Sequence[tuple[str, Secret]], *, demands_key: bool
+    given: Given, headers: Sequence[tuple[str, Secret]], *, demands_key: bool
 ) -> Endpoint:
     """Provider and URL are one choice, and the key belongs to it.
 
@@ -220,16 +135,16 @@ def _endpoint(
     """
     layers = {name: given.layer(name) for name in ("provider", "base_url")}
     top = max(layers.values())
-    provider = options.provider if layers["provider"] == top else None
-    base_url = options.base_url if layers["base_url"] == top else None
-    key_env = options.api_key_env if given.layer("api_key_env") >= top else None
-    key_file = options.api_key_file if given.layer("api_key_file") >= top else None
+    provider = given.text("provider") if layers["provider"] == top else None
+    base_url = given.text("base_url") if layers["base_url"] == top else None
+    key_env = given.text("api_key_env") if given.layer("api_key_env") >= top else None
+    key_file = given.text("api_key_file") if given.layer("api_key_file") >= top else None
     return providers.resolve(
         provider=provider,
         base_url=base_url,
         api_key_env=key_env if demands_key and key_file is None else None,
         api_key_file=key_file if demands_key else None,
-        allow_http=options.allow_http or not demands_key,
+        allow_http=given.flag("allow_http") or not demands_key,
         environ=given.environ if demands_key else _without_keys(given.environ),
         # A header that authorises stands in for a key: where nothing is sent none is needed.
         explicit_headers=(
@@ -240,10 +155,10 @@ def _endpoint(
     )
 
 
-def _default_model(options: Options, endpoint: Endpoint) -> str | None:
-    if not options.mock:
+def _default_model(given: Given, endpoint: Endpoint) -> str | None:
+    if not given.flag("mock"):
         return endpoint.default_model
-    preset = PROVIDERS.get(options.provider or "")
+    preset = PROVIDERS.get(given.text("provider") or "")
     return (preset.model if preset else None) or providers.DEFAULT_MODEL
 
 
@@ -256,11 +171,12 @@ def key_variables() -> frozenset[str]:
     return frozenset({providers.DEFAULT_KEY_ENV, *declared})
 
 
-def _params(options: Options, given: Given) -> tuple[dict[str, JSONValue], frozenset[str]]:
+def _params(given: Given) -> tuple[dict[str, JSONValue], frozenset[str]]:
     """Request parameters of all layers, and the names that were typed: those replace a row's."""
-    typed = dict(parse_param(text) for text in options.param)
+    typed = dict(parse_param(text) for text in given.texts("param"))
     below: dict[str, JSONValue] = {**given.file_params, **_env_params(given.environ)}
-    for name, value in (("temperature", options.temperature), ("max_tokens", options.max_tokens)):
+    for name in ("temperature", "max_tokens"):
+        value = given.values.get(name)
         if value is None:
             continue
         if not given.typed(name):

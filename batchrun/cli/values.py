@@ -80,6 +80,21 @@ def parse_deadline(text: str, now: datetime | None = None) -> float:
     return then.timestamp() - now.timestamp()
 
 
+FOREVER = "forever"
+
+
+def parse_keep_unused(text: str) -> float | None:
+    """``--keep-unused``: days, or None for ever."""
+    if text == FOREVER:
+        return None
+    try:
+        if 0 <= (days := float(text)) < math.inf:
+            return days
+    except ValueError:
+        pass
+    raise UsageError(f"--keep-unused {text}: a number of days, forever, or 0 to keep none")
+
+
 def parse_carry(text: str) -> tuple[str, ...] | None:
     if text == "all":
         return None

@@ -13,10 +13,9 @@ from typing import cast
 import msgspec
 from msgspec import Struct
 
-from batchrun.config import CURRENT, STDIN, InputFormat, JSONValue, OutputFormat, RunConfig
+from batchrun.config import CURRENT, STDIN, InputFormat, JSONValue, OutputFormat, RunConfig, Shape
 from batchrun.files import read_json, write_json
 from batchrun.journal.state import StateDir
-from batchrun.types import Shape
 
 
 class Saved(Struct, frozen=True, kw_only=True):

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from batchrun.chat.build import Builder, custom_id
 from batchrun.chat.identity import encode, format_hash, json_text, parse_hash, request_hash
 from batchrun.chat.shape import Built, Identity, Invalid, Layout, PromptSettings, detect
+from batchrun.config import Shape
 from batchrun.errors import UsageError
-from batchrun.types import Shape
 
 PLAIN = PromptSettings(model="m")
 USER = [{"role": "user", "content": "hi"}]

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import click
 import pytest
-from msgspec.structs import replace
 
+from batchrun.cli.commands import parse_fault
 from batchrun.cli.config_file import read_config_file, unknown_variables
-from batchrun.cli.main import cli, parse_fault, run_command
+from batchrun.cli.flags import DEFAULTS, SETTINGS
+from batchrun.cli.main import cli, run_command
 from batchrun.cli.options import (
-    DEFAULTS,
     Given,
     Layer,
-    Options,
     build_config,
     command_to_paste,
 )
@@ -38,7 +37,7 @@ from batchrun.providers import DEFAULT_BASE_URL, DEFAULT_MODEL, MOCK
 
 COMMANDS = sorted(cli.commands)
 KEY = "sk-0123456789-very-secret"
-LOCAL = Options(inputs=("a.jsonl",), base_url="http://127.0.0.1:8000")
+LOCAL = {"inputs": ("a.jsonl",), "base_url": "http://127.0.0.1:8000"}
 
 
 def _batchrun(
@@ -61,9 +60,9 @@ def _is_ours(name: str) -> bool:
 
 
 def _config(
-    options: Options, *, environ: Mapping[str, str] | None = None, **layers: Layer
+    values: Mapping[str, object], *, environ: Mapping[str, str] | None = None, **layers: Layer
 ) -> RunConfig:
-    return build_config(options, Given(layers=layers, environ=environ or {}))
+    return build_config(Given(values=values, layers=layers, environ=environ or {}))
 
 
 # Help
@@ -119,8 +118,8 @@ def test_help_has_its_options_under_headings() -> None:
 
 def test_every_shared_default_is_that_of_the_run_config() -> None:
     defaults = {param.name: param.get_default(click.Context(cli)) for param in _submit_options()}
-    parsed = Options()
-    assert float(str(defaults["timeout"])) == parsed.timeout == DEFAULTS.timeout_s
+    parsed = _config(LOCAL)
+    assert float(str(defaults["timeout"])) == parsed.timeout_s == DEFAULTS.timeout_s
     assert float(str(defaults["connect_timeout"])) == DEFAULTS.connect_timeout_s
     assert float(str(defaults["max_wait"])) == DEFAULTS.max_wait_s
     assert float(str(defaults["max_outage"])) == DEFAULTS.max_outage_s
@@ -134,7 +133,10 @@ def _submit_options() -> list[click.Option]:
 
 
 def test_every_option_of_submit_is_a_field_and_has_its_own_variable() -> None:
-    fields = set(Options.__struct_fields__)
+    settled = {"output", "param", "temperature", "max_tokens", "provider", "base_url", "allow_http"}
+    settled |= {"api_key_env", "api_key_file", "header", "state"}  # together, by build_config
+    talk = {"quiet", "verbose", "json", "log_file"}
+    fields = {option.name for option in SETTINGS} | settled | talk
     flags_only = {"limit", "output", "overwrite", "retry_failed", "config", "param"}
     for option in _submit_options():
         name = option.name or ""
@@ -147,7 +149,7 @@ def test_every_option_of_submit_is_a_field_and_has_its_own_variable() -> None:
 
 
 def test_a_typed_model_replaces_the_rows_own_and_one_from_elsewhere_fills_in() -> None:
-    options = replace(LOCAL, model="m")
+    options = {**LOCAL, "model": "m"}
     assert _config(options, model=Layer.COMMANDLINE).model_replaces
     assert not _config(options, model=Layer.ENVIRONMENT).model_replaces
     assert not _config(options, model=Layer.DEFAULT_MAP).model_replaces
@@ -155,18 +157,19 @@ def test_a_typed_model_replaces_the_rows_own_and_one_from_elsewhere_fills_in() -
 
 def test_typed_params_replace_and_lower_layers_fill_in() -> None:
     given = Given(
+        values={**LOCAL, "param": ("seed=1",), "temperature": 0.2},
         layers={"param": Layer.COMMANDLINE, "temperature": Layer.ENVIRONMENT},
         environ={"BATCHRUN_PARAM": '{"top_p": 0.5, "seed": 7}'},
         file_params={"top_p": 0.1, "stop": ["x"]},
     )
-    config = build_config(replace(LOCAL, param=("seed=1",), temperature=0.2), given)
+    config = build_config(given)
     assert config.params == {"top_p": 0.5, "stop": ["x"], "seed": 1, "temperature": 0.2}
     assert config.params_replacing == {"seed"}
 
 
 def test_typed_temperature_and_max_tokens_replace() -> None:
     config = _config(
-        replace(LOCAL, temperature=0.0, max_tokens=5),
+        {**LOCAL, "temperature": 0.0, "max_tokens": 5},
         temperature=Layer.COMMANDLINE,
         max_tokens=Layer.COMMANDLINE,
     )
@@ -175,7 +178,7 @@ def test_typed_temperature_and_max_tokens_replace() -> None:
 
 
 def test_an_option_and_a_param_that_contradict_are_refused() -> None:
-    options = replace(LOCAL, temperature=0.2, param=("temperature=0.3",))
+    options = {**LOCAL, "temperature": 0.2, "param": ("temperature=0.3",)}
     with pytest.raises(UsageError, match="contradict"):
         _config(options, temperature=Layer.COMMANDLINE, param=Layer.COMMANDLINE)
 
@@ -183,7 +186,7 @@ def test_an_option_and_a_param_that_contradict_are_refused() -> None:
 @pytest.mark.parametrize("text", ["model=x", "messages=[]"])
 def test_params_that_are_not_parameters_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not a parameter"):
-        _config(replace(LOCAL, param=(text,)))
+        _config({**LOCAL, "param": (text,)})
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"x": NaN}', "x=1"])
@@ -193,7 +196,7 @@ def test_params_in_the_environment_are_one_json_object(text: str) -> None:
 
 
 def test_a_typed_url_sets_the_environments_provider_and_its_key_aside() -> None:
-    options = replace(LOCAL, provider="mistral", base_url="http://127.0.0.1:8000")
+    options = {**LOCAL, "provider": "mistral", "base_url": "http://127.0.0.1:8000"}
     config = _config(
         options,
         environ={"MISTRAL_API_KEY": KEY},
@@ -208,7 +211,12 @@ def test_a_typed_url_sets_the_environments_provider_and_its_key_aside() -> None:
 
 
 def test_a_typed_provider_sets_the_environments_url_and_key_variable_aside() -> None:
-    options = replace(LOCAL, provider="mistral", base_url="http://node:8000", api_key_env="OTHER")
+    options = {
+        **LOCAL,
+        "provider": "mistral",
+        "base_url": "http://node:8000",
+        "api_key_env": "OTHER",
+    }
     config = _config(
         options,
         environ={"MISTRAL_API_KEY": KEY, "OTHER": "other-key"},
@@ -222,20 +230,20 @@ def test_a_typed_provider_sets_the_environments_url_and_key_variable_aside() -> 
 
 
 def test_without_any_choice_the_default_endpoint_and_model_are_used() -> None:
-    config = _config(Options(inputs=("a.jsonl",)), environ={"BATCHRUN_API_KEY": KEY})
+    config = _config({"inputs": ("a.jsonl",)}, environ={"BATCHRUN_API_KEY": KEY})
     assert (config.endpoint.base_url, config.model) == (DEFAULT_BASE_URL, DEFAULT_MODEL)
 
 
 def test_mock_needs_no_endpoint_and_no_key() -> None:
-    config = _config(Options(inputs=("a.jsonl",), mock=True))
+    config = _config({"inputs": ("a.jsonl",), "mock": True})
     assert config.endpoint is MOCK
     assert (config.output, config.model) == ("a.mock.parquet", DEFAULT_MODEL)
 
 
 def test_what_sends_nothing_needs_and_reads_no_key() -> None:
-    given = Given(environ={"MISTRAL_API_KEY": KEY})
-    options = Options(inputs=("a.jsonl", "b.jsonl"), provider="mistral")
-    config = build_config(options, given, sends=False)
+    values = {"inputs": ("a.jsonl", "b.jsonl"), "provider": "mistral"}
+    given = Given(values=values, environ={"MISTRAL_API_KEY": KEY})
+    config = build_config(given, sends=False)
     assert config.endpoint.key is None
     assert config.endpoint.url == "https://api.mistral.ai/v1/chat/completions"
 
@@ -278,12 +286,12 @@ def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.touch()
     with pytest.raises(UsageError, match="that is the input"):
-        _config(replace(LOCAL, inputs=(str(path),), output=str(tmp_path / "." / "a.parquet")))
+        _config({**LOCAL, "inputs": (str(path),), "output": str(tmp_path / "." / "a.parquet")})
 
 
 def test_two_things_cannot_both_have_stdout() -> None:
     with pytest.raises(UsageError, match="stdout"):
-        _config(replace(LOCAL, output="-", json=True))
+        _config({**LOCAL, "output": "-", "json": True})
 
 
 # Small languages
@@ -558,13 +566,14 @@ def test_a_traceback_of_a_bug_shows_no_secret() -> None:
 import os
 import sys
 import batchrun.cli
-from batchrun.cli.options import Given, Options
+from batchrun.cli.commands import without_secrets
+from batchrun.cli.options import Given
 cli = sys.modules["batchrun.cli.main"]
 @cli.cli.command("broken")
 def broken():
-    options = Options(header=(f"X-Token: {os.environ['TOKEN']}",), api_key_env="MINE")
-    given = Given(environ=os.environ)
-    with cli._without_secrets(given, options):
+    values = {"header": (f"X-Token: {os.environ['TOKEN']}",), "api_key_env": "MINE"}
+    given = Given(values=values, environ=os.environ)
+    with without_secrets(given):
         raise ValueError([os.environ[name] for name in ("TOKEN", "MINE", "OPENAI_API_KEY")])
 raise SystemExit(cli.run_command(["broken"]))
 """
@@ -581,6 +590,51 @@ raise SystemExit(cli.run_command(["broken"]))
     assert "Traceback" in done.stderr
     assert "report" in done.stderr
     assert KEY not in done.stderr
+
+
+def test_an_interrupt_in_an_import_waits_for_its_end() -> None:
+    script = """
+import os, signal, sys
+from batchrun import process
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the shell of the tests ignores
+try:
+    with process.interrupts_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        print("imported")
+    print("not reached")
+except KeyboardInterrupt:
+    print("interrupted", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["imported", "interrupted True"]
+
+
+def test_an_interrupt_before_anything_is_imported_ends_in_words() -> None:
+    script = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == "batchrun.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from batchrun.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "batchrun: interrupted\n")
 
 
 def test_version_and_help_are_exit_0() -> None:

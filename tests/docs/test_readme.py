@@ -34,9 +34,9 @@ import pytest
 from mock_servers import MockServerThread
 
 from batchrun import errors
-from batchrun.cli.config_file import settable
+from batchrun.cli.flags import settable
 from batchrun.cli.main import cli
-from batchrun.cli.options import Given, Options, build_config
+from batchrun.cli.options import Given, build_config
 from batchrun.config import RunConfig
 from batchrun.console.facts import CollectFacts, StatusFacts, ValidateFacts
 from batchrun.journal.lock import locked as lock_lock
@@ -322,8 +322,7 @@ def test_the_command_of_a_recipe_finds_its_key(name: str, tmp_path: Path) -> Non
         key_file.write_text("sk-of-the-recipe\n")
         args[args.index("--api-key-file") + 1] = str(key_file)
     context = cli.commands["submit"].make_context("submit", args)
-    options = msgspec.convert(context.params, Options)
-    endpoint = build_config(options, Given(environ=environ)).endpoint
+    endpoint = build_config(Given(values=context.params, environ=environ)).endpoint
     assert endpoint is not None
     assert (endpoint.host, endpoint.key) == ("api.mistral.ai", Secret("sk-of-the-recipe"))
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from batchrun.cli.config_file import settable
+from batchrun.cli.flags import settable
 from batchrun.cli.main import cli
 
 DOCUMENTED = {0, 2, 3, 4, 11, 74, 75}
