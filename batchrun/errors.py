@@ -1,15 +1,17 @@
 """What ends a run, drawn as a tree. A row's failure is data; only a run's failure is an exception.
 
-    BatchrunError                    exit code
-    ├── UsageError                       2   options, settings or inputs that cannot work
-    │   ├── NoKey                        2   the endpoint wants a key and none was found
-    │   └── SettingsDiffer               2   answers made with other settings are at stake
-    ├── EndpointRefused                  4   key, quota, model, URL, TLS: a person must act
-    ├── Locked                          11   another run holds this output
-    ├── LocalIOError                    74   disk, file or journal
-    │   └── JournalDamaged              74   a record that should be whole is not
-    ├── StoppedEarly                    75   progress is saved; run the same command again
-    └── Interrupted            129/130/143   SIGHUP, SIGINT, SIGTERM
+    BatchrunError              exit code  state
+    ├── UsageError                 2      error    options, settings or inputs that cannot work
+    │   ├── NoKey                  2      error    the endpoint wants a key and none was found
+    │   └── SettingsDiffer         2      error    answers made with other settings are at stake
+    ├── EndpointRefused            4      refused  key, quota, model, URL, TLS: a person must act
+    ├── Locked                    11      error    another run holds this output
+    ├── LocalIOError              74      error    disk, file or journal
+    │   └── JournalDamaged        74      error    a record that should be whole is not
+    ├── StoppedEarly              75      stopped  progress is saved; run the same command again
+    └── Interrupted      129/130/143      stopped  SIGHUP, SIGINT, SIGTERM
+
+What ends without one is ``finished``: 0, or 3 for more failed rows than are allowed; 1 is a bug.
 
 The first line of ``str(error)`` says what, where and what to do; further lines are indented advice.
 No message ever holds a key: endpoints' texts pass ``secret.Scrubber`` first.
@@ -18,6 +20,7 @@ No message ever holds a key: endpoints' texts pass ``secret.Scrubber`` first.
 from __future__ import annotations
 
 import signal
+from typing import Literal
 
 EXIT_OK = 0
 
@@ -43,10 +46,14 @@ EXIT_IO = 74
 EXIT_STOPPED = 75
 
 
+State = Literal["finished", "stopped", "refused", "error"]
+
+
 class BatchrunError(Exception):
     """A run that cannot go on. ``next_steps`` are lines for the user, most useful first."""
 
     exit_code = EXIT_BUG
+    state: State = "error"
 
     def __init__(self, message: str, *, next_steps: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -68,6 +75,7 @@ class SettingsDiffer(UsageError):
 
 class EndpointRefused(BatchrunError):
     exit_code = EXIT_REFUSED
+    state = "refused"
 
 
 class Locked(BatchrunError):
@@ -88,10 +96,13 @@ class JournalDamaged(LocalIOError):
 
 class StoppedEarly(BatchrunError):
     exit_code = EXIT_STOPPED
+    state = "stopped"
 
 
 class Interrupted(BatchrunError):
     """A signal asked the run to stop; ``exit_code`` is 128 + its number."""
+
+    state = "stopped"
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")

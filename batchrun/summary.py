@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from msgspec import Struct, field
 
+from batchrun.errors import State
 from batchrun.types import Bound, UnusedCounts
 
 
@@ -58,9 +57,6 @@ class ThisRun(Struct):
     sending_s: float = 0.0  # from the first request to the last answer
     tokens: TokenCounts = field(default_factory=TokenCounts)
     bound_by: Bound | None = None
-
-
-State = Literal["finished", "stopped", "refused", "error"]
 
 
 class RunSummary(Struct, kw_only=True):

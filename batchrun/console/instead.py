@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import signal
 import textwrap
 from collections.abc import Sequence
 
 from batchrun import errors
 from batchrun.config import RunConfig
 from batchrun.console.layout import WIDTH
-from batchrun.summary import RunSummary, State
+from batchrun.summary import RunSummary
 
 
 def error_text(error: BaseException) -> str:
@@ -33,27 +34,19 @@ def error_text(error: BaseException) -> str:
 
 def error_summary(error: BaseException, version: str, inputs: Sequence[str]) -> RunSummary:
     """What ``--json`` prints for a command that ended in an exception."""
-    if isinstance(error, errors.BatchrunError):
-        exit_code, reason = error.exit_code, error.message
-        steps = list(error.next_steps)
-    elif isinstance(error, KeyboardInterrupt):
-        exit_code, reason, steps = 130, "interrupted before the run began", []
-    else:
-        exit_code, reason, steps = errors.EXIT_BUG, "a bug in batchrun; see stderr", []
+    if isinstance(error, KeyboardInterrupt):
+        error = errors.Interrupted(signal.SIGINT)
+        error.message = "interrupted before the run began"
+    elif not isinstance(error, errors.BatchrunError):
+        error = errors.BatchrunError("a bug in batchrun; see stderr")
     return RunSummary(
         batchrun_version=version,
-        state=_state(exit_code),
-        exit_code=exit_code,
-        reason=reason,
+        state=error.state,
+        exit_code=error.exit_code,
+        reason=error.message,
         inputs=list(inputs),
-        next_steps=steps,
+        next_steps=list(error.next_steps),
     )
-
-
-def _state(exit_code: int) -> State:
-    if exit_code == errors.EXIT_REFUSED:
-        return "refused"
-    return "stopped" if exit_code == errors.EXIT_STOPPED or exit_code > 128 else "error"
 
 
 def skipped_summary(locked: errors.Locked, version: str, config: RunConfig) -> RunSummary:
