@@ -1,11 +1,11 @@
 """Where the packages meet: whole runs, and the looks at them."""
 
+from batchrun.runs.asking import models
 from batchrun.runs.collect import collect
 from batchrun.runs.complete import complete
-from batchrun.runs.models import models
-from batchrun.runs.status import look, status
+from batchrun.runs.status import status
 from batchrun.runs.submit import run
-from batchrun.runs.validate import validate
+from batchrun.runs.validate import look, validate
 
 __all__ = [
     "collect",

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import BinaryIO
 
-from batchrun import inputs, outputs
-from batchrun.config import STDIN, VERSION
+from batchrun import inputs, outputs, process
+from batchrun.config import STDIN, STDOUT, VERSION, OutputFormat
 from batchrun.console import CollectFacts
 from batchrun.errors import UsageError
 from batchrun.inputs import Batch
 from batchrun.journal import Journal, Saved, StateDir, holder, read_saved, restored
-from batchrun.outputs import Footer, OutputTally, Schema, Slice
-from batchrun.runs import plan
-from batchrun.runs.opening import has_journal, now_utc, prompt_settings, state_of
-from batchrun.runs.status import footer_of, format_of, place_of, size
+from batchrun.outputs import Footer, OutputTally, Schema, Slice, Target
+from batchrun.runs import passes
+from batchrun.runs.asking import prompt_settings
+from batchrun.runs.facts import now_utc
+from batchrun.runs.place import state_of
+from batchrun.runs.plan import make_plan
+from batchrun.runs.sources import lay_out, never_stop
+from batchrun.runs.status import footer_of
 
 
 def collect(output: str, state_dir: Path | None = None, target: str | None = None) -> CollectFacts:
@@ -27,23 +33,25 @@ def collect(output: str, state_dir: Path | None = None, target: str | None = Non
         raise UsageError(f"{output or 'nothing'}: not the name of an output")
     target = target or str(outputs.partial_of(Path(output)))
     state = state_of(output, state_dir)
-    book = Journal.peek(state) if has_journal(state) else None
+    book = Journal.peek(state.path)
     if book is None:
         return _converted(output, target)
     with closing(book):
-        saved = read_saved(state)
+        saved = read_saved(state.path)
         if saved is None:
-            raise UsageError(f"{state}: nothing there says which inputs this run reads")
+            raise UsageError(f"{state.path}: nothing there says which inputs this run reads")
         return _collected(output, state, target, book, saved)
 
 
-def _collected(output: str, state: Path, target: str, book: Journal, saved: Saved) -> CollectFacts:
+def _collected(
+    output: str, state: StateDir, target: str, book: Journal, saved: Saved
+) -> CollectFacts:
     config = restored(saved)
-    spool = StateDir(state).spool() if STDIN in config.inputs else None
+    spool = state.spool() if STDIN in config.inputs else None
     files = inputs.resolve(config.inputs, config.input_format, spool=spool, output=Path(output))
-    sources = plan.lay_out(files.files, prompt_settings(config), config)
-    planned = plan.make_plan(sources, config, book, plan.never_stop)
-    place = place_of(target, output, [each.path for each in files.files])
+    sources = lay_out(files.files, prompt_settings(config), config)
+    planned = make_plan(sources, config, book, never_stop)
+    place = _target_of(target, output, [each.path for each in files.files])
     tally = OutputTally()
     footer = Footer(
         batchrun_version=VERSION,
@@ -58,9 +66,9 @@ def _collected(output: str, state: Path, target: str, book: Journal, saved: Save
     )
     outputs.publish(
         place,
-        format_of(target),
+        _format_of(target),
         planned.carried.schema,
-        plan.slices(planned, book, config, plan.never_stop),
+        passes.slices(planned, book, config, never_stop),
         footer,
         tally,
         response_body=config.response_body,
@@ -69,8 +77,8 @@ def _collected(output: str, state: Path, target: str, book: Journal, saved: Save
         output=target,
         collected_from=output,
         rows=tally.rows,
-        size_bytes=size(target),
-        running=holder(state) is not None,
+        size_bytes=_size_bytes(target),
+        running=holder(state.path) is not None,
         synthetic=book.header.synthetic,
         errors=tuple(tally.errors),
         tokens=tally.tokens,
@@ -83,12 +91,12 @@ def _converted(output: str, target: str) -> CollectFacts:
     footer = footer_of(output)
     if footer is None:
         raise UsageError(f"{output}: no run and no output of batchrun there")
-    place = place_of(target, output, map(Path, footer.inputs))
+    place = _target_of(target, output, map(Path, footer.inputs))
     tally = OutputTally()
     schema, slices = _published_slices(Path(output))
     outputs.publish(
         place,
-        format_of(target),
+        _format_of(target),
         schema,
         slices,
         footer,
@@ -99,7 +107,7 @@ def _converted(output: str, target: str) -> CollectFacts:
         output=target,
         collected_from=output,
         rows=tally.rows,
-        size_bytes=size(target),
+        size_bytes=_size_bytes(target),
         complete=footer.complete,
         synthetic=footer.synthetic,
         errors=tuple(tally.errors),
@@ -121,3 +129,30 @@ def _published_slices(output: Path) -> tuple[Schema, Iterator[Slice]]:
         for piece in outputs.untyped_slices(output)
     )
     return carried.schema, slices
+
+
+def _target_of(target: str, output: str, inputs: Iterable[Path]) -> Target | BinaryIO:
+    """Where to write. UsageError when it is the output, an input, or not batchrun's to replace."""
+    if target == STDOUT:
+        return process.stdout()
+    path = Path(target)
+    if os.path.realpath(target) == os.path.realpath(output):
+        raise UsageError(f"-o {target}: that is the output itself; name another file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"-o {target}: that is not a regular file; name another")
+    outputs.clean_leftovers(path)
+    place = Target.at(path)
+    if place.found is not None:
+        if any(each.exists() and each.samefile(path) for each in inputs):
+            raise UsageError(f"-o {target}: that is an input of this run; name another file")
+        if outputs.recognise(path) is None:
+            raise UsageError(f"-o {target}: exists and was not written by batchrun; name another")
+    return place
+
+
+def _format_of(target: str) -> OutputFormat:
+    return "parquet" if target.endswith(".parquet") else "jsonl"
+
+
+def _size_bytes(target: str) -> int | None:
+    return None if target == STDOUT else Path(target).stat().st_size

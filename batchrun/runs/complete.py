@@ -13,7 +13,7 @@ from batchrun.chat import CHAT, Builder, Invalid
 from batchrun.config import JSONValue, RunConfig
 from batchrun.console import Progress
 from batchrun.errors import BatchrunError, EndpointRefused, UsageError
-from batchrun.runs.opening import chat_endpoint, prompt_settings
+from batchrun.runs.asking import chat_endpoint, prompt_settings
 from batchrun.sending import EarlyEnd, Feed, Sender, outcome_of, refusal
 from batchrun.types import NO_USAGE, Answer, Attempt, Decision, Outcome, Request, Result, Tries
 

@@ -1,187 +1,255 @@
-"""What a run begins with: its state, its settings, its endpoint."""
+"""What a run begins with: the inputs, the output as it is, and the journal."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import replace
-from datetime import UTC, datetime
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from batchrun import process
-from batchrun.chat import PromptSettings
-from batchrun.config import MAX_CONCURRENCY, STATE_SUFFIX, IfLocked, RunConfig
-from batchrun.console import FileFacts, Progress
-from batchrun.endpoint import ChatEndpoint
-from batchrun.errors import LocalIOError, Locked, UsageError
-from batchrun.journal import Lock, StateDir, locate
-from batchrun.journal import locked as lock_state
-from batchrun.mock import Knobs, MockServer
-from batchrun.providers import DEFAULT_MODEL, MOCK, Endpoint, full_url, provider_of
-from batchrun.runs import plan
-from batchrun.runs.plan import Source
+import msgspec
+
+from batchrun import chat, inputs, outputs, process
+from batchrun.config import STDIN, VERSION, JSONValue, RunConfig
+from batchrun.console import Progress
+from batchrun.errors import SettingsDiffer, UsageError
+from batchrun.inputs import Resolved, RowsOrTable
+from batchrun.journal import FORMAT, Header, Journal, Lock, Recovery, StateDir, read_saved
+from batchrun.outputs import Footer, Target
+from batchrun.runs.asking import model_of, prompt_settings
+from batchrun.runs.sources import Source, lay_out, shapes
 from batchrun.runs.stop import Stop
-from batchrun.secret import Secret
+from batchrun.runs.unused import Kept, Unused
+from batchrun.words import count
+
+SHOWN_SETTING = 40
 
 
-def prompt_settings(config: RunConfig) -> PromptSettings:
-    """What the user asks of every row, with this endpoint's habits."""
-    return plan.settings_of(config, model=model_of(config), stream_usage=_asks_usage(config))
+IMPORT_ROWS = 1_000
 
 
-def model_of(config: RunConfig) -> str | None:
-    return config.endpoint.default_model if config.model is None else config.model
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What there is from a run's first moment, whatever becomes of it."""
+
+    config: RunConfig
+    talk: Progress
+    stop: Stop
+    lock: Lock
+    started_s: float
+    started_at_ms: int
+
+    @classmethod
+    def now(cls, config: RunConfig, talk: Progress, stop: Stop, lock: Lock) -> Begun:
+        return cls(config, talk, stop, lock, time.monotonic(), int(time.time() * 1000))
+
+    @property
+    def state(self) -> StateDir:
+        return self.lock.state
 
 
-def _asks_usage(config: RunConfig) -> bool:
-    """Whether a stream of this endpoint tells its usage only when asked."""
-    provider = provider_of(config.endpoint.url)
-    is_default = config.endpoint.default_model == DEFAULT_MODEL
-    return not is_default and (provider is None or provider.name != "mistral")
+class OldOutput(NamedTuple):
+    """The output as a run finds it."""
+
+    target: Target | None = None  # None: standard output
+    footer: Footer | None = None  # of answers made with the same settings: they are taken over
+    is_kept: bool = False  # beside the new one, which says nothing of it
+    at_stake: int = 0  # its answers, if they were made with other settings
 
 
-async def locked(
-    config: RunConfig, state: Path, stop: Stop, talk: Progress, stack: ExitStack
-) -> Lock:
-    """Hold output and state until ``stack`` ends; with ``--if-locked wait``, say for whom we wait.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The inputs, what binds their answers, and the output before this run."""
 
-    A state elsewhere is no way around another run of the same output: its usual place is held too.
+    sources: list[Source]
+    skipped: Sequence[str]
+    settings: Mapping[str, JSONValue]
+    old: OldOutput
+
+    def digest(self) -> str:
+        """Of the inputs' contents; reads them whole."""
+        return inputs.content_digest(source.file for source in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The journal, and what earlier runs left in it."""
+
+    book: Journal
+    continues: bool
+    hosts_before: tuple[str, ...] = ()
+    inputs_before: tuple[str, ...] = ()
+    set_aside: Kept | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find(begun: Begun, rows: RowsOrTable | None) -> Found:
+    """Find the inputs and look at the output; ``rows`` stand for stdin.
+
+    UsageError for a file in the output's place that is not ours, and SettingsDiffer for answers
+    that other settings made, unless the user said to overwrite them.
     """
-
-    def hold(if_locked: IfLocked = "fail") -> Lock:
-        with ExitStack() as holding:
-            usual = _usual_state(config)
-            if usual is not None and not _is_same(usual, state):
-                holding.enter_context(_reserved(usual, if_locked, stop))
-            held = holding.enter_context(lock_state(state, if_locked, cancelled=stop.requested))
-            stack.push(holding.pop_all())
-            return held
-
-    try:
-        return await asyncio.to_thread(hold)
-    except Locked as exc:
-        if config.if_locked != "wait":
-            raise
-        talk.note(exc.message, label="waiting")
-    return await asyncio.to_thread(hold, "wait")
+    config = begun.config
+    files = _resolve(begun, rows)
+    sources = lay_out(files.files, prompt_settings(config), config)
+    settings = config.request_settings(*shapes(sources)) | {"model": model_of(config)}
+    return Found(sources, files.skipped, settings, _old_output(begun, settings))
 
 
-def _usual_state(config: RunConfig) -> Path | None:
-    """Where the state of this output is unless another place is asked for."""
+def _resolve(begun: Begun, rows: RowsOrTable | None) -> Resolved:
+    config, state = begun.config, begun.state
+    spool = None
+    if STDIN in config.inputs:
+        source = process.stdin(begun.stop.check) if rows is None else rows
+        spool = inputs.spool(source, state.path)
+    output = None if config.to_stdout else Path(config.output)
+    found = inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
+    state.check_apart(each.path for each in found.files if each.path != spool)
+    return found
+
+
+def _old_output(begun: Begun, settings: Mapping[str, JSONValue]) -> OldOutput:
+    config = begun.config
     if config.to_stdout:
-        return None
-    real = os.path.realpath(config.output)
-    return locate(Path(real + STATE_SUFFIX), real).path
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
-
-
-@contextmanager
-def _reserved(usual: Path, if_locked: IfLocked, stop: Stop) -> Iterator[None]:
-    with lock_state(usual, if_locked, cancelled=stop.requested) as held:
-        try:
-            yield
-        finally:
-            if not has_journal(usual):
-                held.remove_state()
-
-
-def check_output(config: RunConfig) -> None:
-    """Say at once what would make publishing fail at the end."""
-    if config.to_stdout:
-        process.stdout()
-        return
+        return OldOutput()
     path = Path(config.output)
-    if path.is_dir():
-        raise UsageError(f"-o {path}: that is a directory; name a file in it")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"-o {path}: that is not a regular file; -o - writes to standard output")
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise UsageError(f"-o {path}: there is no directory {parent}")
+    target = Target.at(path)
+    outputs.clean_leftovers(path)
+    outputs.clean_leftovers(outputs.partial_of(path))
+    if not path.exists():
+        return OldOutput(target)
+    footer = outputs.recognise(path)
+    if footer is None:
+        if not config.overwrite:
+            raise UsageError(
+                f"{path} exists and was not written by batchrun; nothing was sent. Choose:",
+                next_steps=(
+                    "-o other.parquet    keep both",
+                    f"--overwrite         keep it as {path.name}.bak",
+                ),
+            )
+        return OldOutput(target, is_kept=True)
+    if footer.settings == settings:
+        return OldOutput(target, footer)
+    at_stake = footer.rows.ok
+    if at_stake and not config.overwrite and not begun.state.has_journal():
+        raise _differ(config, footer.settings, settings, at_stake)
+    return OldOutput(target, is_kept=bool(at_stake + footer.rows.error), at_stake=at_stake)
+
+
+def current_output(config: RunConfig, found: Found) -> Footer | None:
+    """The output's footer if it already is what this run would publish: nothing is left to do."""
+    footer = found.old.footer
+    if footer is None or not footer.complete or footer.rows.passing:
+        return None
+    if config.retry_failed and footer.rows.error:
+        return None
+    is_alike = footer.publishing == config.publishing_settings()
+    return footer if is_alike and footer.inputs_digest == found.digest() else None
+
+
+def open_journal(begun: Begun, found: Found) -> Opened:
+    """Continue the journal, or begin one; whoever gets it closes it.
+
+    SettingsDiffer when that would give up answers. With ``--overwrite`` those of the journal are
+    set aside.
+    """
+    continues = begun.state.has_journal()
+    header = _header(begun, found)
+    book = Journal.open(begun.state.path, header)
     try:
-        # Only trying tells: root may write anywhere, and not in a read-only file system.
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as exc:
-        raise LocalIOError(f"{path}: cannot write in {parent}: {exc.strerror}") from exc
+        set_aside = None
+        notes: list[str] = []
+        if book.header.settings != found.settings:
+            set_aside = _begin_anew(begun, found, book, header)
+            continues = False
+        if set_aside is not None:
+            notes += set_aside.notes(begun.config.keep_unused_days)
+        if book.recovery.cut_bytes or book.recovery.holes:
+            notes.append(_recovered(book.recovery))
+        footer, saved = found.old.footer, read_saved(begun.state.path)
+        last = saved or footer
+        return Opened(
+            book,
+            continues,
+            hosts_before=(*(footer.hosts if footer else ()), *(saved.hosts if saved else ())),
+            inputs_before=tuple(last.inputs) if last else (),
+            set_aside=set_aside,
+            notes=tuple(notes),
+        )
+    except BaseException:
+        book.close()
+        raise
 
 
-@contextmanager
-def state_dir(config: RunConfig) -> Iterator[Path]:
-    if config.state_dir is not None or not config.to_stdout:
-        yield state_of(config.output, config.state_dir)
-    else:
-        # Nothing can continue what went to stdout, unless --state says where to remember it.
-        with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
-            yield Path(directory) / "state"
-
-
-@asynccontextmanager
-async def chat_endpoint(config: RunConfig) -> AsyncIterator[ChatEndpoint]:
-    """The endpoint to send to, open until the end of the block."""
-    if config.endpoint == MOCK:
-        async with MockServer(Knobs()) as server:
-            inside = replace(MOCK, url=full_url(server.url, MOCK.path))
-            # The other ends of its connections are in this process too.
-            async with _client(config, inside, sockets_each=2) as endpoint:
-                yield endpoint
-    else:
-        async with _client(config, config.endpoint, config.headers, proxied=True) as endpoint:
-            yield endpoint
-
-
-def _client(
-    config: RunConfig,
-    endpoint: Endpoint,
-    headers: Sequence[tuple[str, Secret]] = (),
-    *,
-    proxied: bool = False,
-    sockets_each: int = 1,
-) -> ChatEndpoint:
-    return ChatEndpoint(
-        endpoint,
-        headers,
-        timeout_s=config.timeout_s,
-        connect_timeout_s=config.connect_timeout_s,
-        proxied=proxied,
-        room=process.room_for_sockets(wanted_room(config) * sockets_each) // sockets_each,
+def _header(begun: Begun, found: Found) -> Header:
+    return Header(
+        format=FORMAT,
+        hash_version=chat.HASH_VERSION,
+        run_id=uuid.uuid4().hex,
+        created_at_ms=int(time.time() * 1000),
+        batchrun_version=VERSION,
+        settings=found.settings,
+        synthetic=begun.config.mock,
     )
 
 
-def wanted_room(config: RunConfig) -> int:
-    """How many requests may be in flight, if this process may open as many connections."""
-    return config.concurrency or MAX_CONCURRENCY
+def _begin_anew(begun: Begun, found: Found, book: Journal, header: Header) -> Kept | None:
+    """Empty a journal that was begun with other settings; what was set aside, if anything."""
+    config, kept = begun.config, None
+    at_stake = max(book.answers, found.old.at_stake)
+    if at_stake and not config.overwrite:
+        raise _differ(config, book.header.settings, found.settings, at_stake)
+    if book.answers:
+        book.begin_pass()
+        kept = Unused.of(config, begun.state, synthetic=book.header.synthetic).tend(book)
+    book.reset(header)
+    return kept
 
 
-def state_of(output: str, state_dir: Path | None) -> Path:
-    """Where the state of this output is, or would be. UsageError where none can be kept safely."""
-    return locate(state_dir or Path(output + STATE_SUFFIX), output).path
+def take_over(begun: Begun, found: Found, book: Journal) -> None:
+    """Journal the answers of the published output: one path for every rerun.
+
+    A run that was killed in its last moments may have published more than the journal that is left
+    of it holds, or less.
+    """
+    footer = found.old.footer
+    if footer is None or (publication := footer.publication or footer.run_id) in book.imported:
+        return
+    book.begin_pass()
+    for number, outcome in enumerate(outputs.read_back(Path(begun.config.output))):
+        book.settled(book.claim(outcome.hash), outcome)
+        if number % IMPORT_ROWS == 0:
+            begun.stop.check()
+            book.flush()
+    book.note_imported(publication)
+    book.sync()
 
 
-def has_journal(state: Path) -> bool:
-    return StateDir(state).has_journal()
-
-
-def file_facts(source: Source) -> FileFacts:
-    """One input as the start block and ``validate`` show it."""
-    return FileFacts(
-        name=source.file.name,
-        format=source.file.format,
-        compression=source.file.compression,
-        rows=source.rows,
-        size_bytes=source.file.size_bytes,
-        shape=source.layout.shape,
-        prompt_column=source.layout.prompt_column,
-        sent=source.layout.sent,
-        carried_only=source.layout.carried_only,
+def _differ(
+    config: RunConfig, held: Mapping[str, object], wanted: Mapping[str, JSONValue], answers: int
+) -> SettingsDiffer:
+    lines = [f"{config.output} was made with other settings:"]
+    for name, value in wanted.items():
+        if held.get(name) != value:
+            lines.append(f"    {name:<12}{_shown(held.get(name))}  ->  {_shown(value)}")
+    lines.append(f"  {count(answers, 'answer')} would be asked for again. Choose:")
+    suffix = Path(config.output).suffix
+    return SettingsDiffer(
+        "\n".join(lines),
+        next_steps=(f"-o other{suffix}    keep both          --overwrite    keep the old as .bak",),
     )
 
 
-def now_utc() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+def _shown(value: object) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= SHOWN_SETTING else f"{text[: SHOWN_SETTING - 3]}..."
+
+
+def _recovered(recovery: Recovery) -> str:
+    text = f"the journal had {count(recovery.cut_bytes, 'byte')} of an unfinished write"
+    if recovery.holes:
+        text += f" and {count(recovery.holes, 'hole')} of {count(recovery.hole_bytes, 'byte')}"
+    return f"{text}; every whole answer was kept"

@@ -7,23 +7,34 @@ a row's answer without hashing again. Per row it keeps four bytes here and those
 
 from __future__ import annotations
 
+import shutil
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import msgspec
 
-from batchrun import chat, inputs, outputs
-from batchrun.chat import CHAT, Api, Builder, Built, Identity, Invalid, Layout, PromptSettings
-from batchrun.config import RunConfig
-from batchrun.errors import StoppedEarly
-from batchrun.inputs import BadRow, Batch, Carried, ColumnTypes, InputFile, RepeatedIds, Row, Rows
+from batchrun import chat, outputs
+from batchrun.chat import Identity, Layout
+from batchrun.config import RunConfig, default_output
+from batchrun.errors import UsageError
+from batchrun.inputs import BadRow, Carried, ColumnTypes, RepeatedIds, Row, Rows
 from batchrun.journal import Held, Journal, Survey
-from batchrun.outputs import InvalidRow, Slice
-from batchrun.types import NO_USAGE, Outcome, Request
-from batchrun.words import count, verb
+from batchrun.runs.opening import Begun, Opened
+from batchrun.runs.sources import CheckStop, Source, batches, check_unchanged, invalid_of
+from batchrun.runs.unused import Unused
+from batchrun.sending import Delivered, RunTally
+from batchrun.summary import RowCounts
+from batchrun.types import NO_USAGE, Outcome
+from batchrun.words import count, size, verb
+
+# An answer of some 100 words with its usage; once in the journal and once in the output.
+USUAL_ANSWER_BYTES = 1_000
+
 
 # The slot of a row that cannot become a request.
 INVALID = 0xFFFFFFFF
@@ -33,27 +44,10 @@ INVALID = 0xFFFFFFFF
 BATCH_ROWS = 256
 
 
-BATCH_BYTES = 4 * 2**20
-
-
 MAX_NAMED_MODELS = 3
 
 
 MAX_NAMED_COLUMNS = 5
-
-
-CheckStop = Callable[[], None]
-
-
-@dataclass(slots=True)
-class Source:
-    """One input file and how its rows become requests."""
-
-    file: InputFile
-    layout: Layout
-    builder: Builder
-    rows: int = 0
-    invalid: int = 0
 
 
 @dataclass(slots=True)
@@ -75,77 +69,122 @@ class Counts:
     def to_send(self) -> int:
         return self.retried + self.new
 
+    def rows(self, delivered: Delivered | None = None) -> RowCounts:
+        """The rows as they stand after sending; the output itself knows more of them."""
+        ok, failed = self.held_ok, self.held_failed + self.invalid
+        sent = delivered.tally if delivered else RunTally()
+        failed -= delivered.reopened if delivered else 0
+        return RowCounts(
+            total=self.total,
+            ok=ok + sent.ok,
+            error=failed + sent.failed,
+            pending=self.total - ok - failed - sent.done,
+            reused=self.held_ok + self.held_failed,
+            truncated=sent.truncated,
+            filtered=sent.filtered,
+            empty=sent.empty,
+            duplicate=self.repeats,
+        )
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    sources: list[Source]
+    """What each row of the input is to the journal, and what the table is made of."""
+
+    sources: Sequence[Source]
     slots: array[int]
     counts: Counts
     carried: Carried
-    models: set[str] = field(default_factory=set)  # at most two: one or several is what matters
-    notes: list[str] = field(default_factory=list)  # on the table, for the start lines
-
-
-def settings_of(config: RunConfig, *, stream_usage: bool, model: str | None) -> PromptSettings:
-    """What the user asked of every body. ``model`` fills in where a row names none."""
-    return PromptSettings(
-        model=model,
-        model_replaces=config.model_replaces,
-        system=config.system,
-        params=config.params,
-        params_replacing=config.params_replacing,
-        stream=config.stream,
-        stream_usage=stream_usage,
-        prompt_column=config.prompt_column,
-        body_columns=config.body_columns,
-    )
-
-
-def lay_out(
-    files: Sequence[InputFile], settings: PromptSettings, config: RunConfig, api: Api = CHAT
-) -> list[Source]:
-    """Decide each file's shape from its schema or its first good rows."""
-    sources = []
-    for file in files:
-        columns, rows = inputs.head(file)
-        layout = api.detect(columns, rows, settings, config.shape, file.name)
-        sources.append(Source(file, layout, api.builder(layout, settings)))
-    return sources
-
-
-def shapes(sources: Sequence[Source]) -> tuple[str, str | None]:
-    """The shape and prompt column that bind a rerun; several shapes are joined in order."""
-    kinds = sorted({source.layout.shape for source in sources})
-    columns = sorted({s.layout.prompt_column for s in sources if s.layout.prompt_column})
-    return ",".join(kinds), ",".join(columns) or None
-
-
-def needed(source: Source) -> Collection[str] | None:
-    return source.layout.columns_needed
-
-
-def never_stop() -> None:
-    """The check of a pass that nobody interrupts."""
+    models: frozenset[str]  # at most a few: one or several is what matters
+    notes: tuple[str, ...]  # on the table, for the start lines
+    warnings: tuple[str, ...] = ()  # also for the end
+    taken_back: int = 0  # answers that had been set aside
 
 
 def make_plan(
-    sources: list[Source], config: RunConfig, journal: Journal, check_stop: CheckStop
+    sources: Sequence[Source], config: RunConfig, journal: Journal, check_stop: CheckStop
 ) -> Plan:
     """Read every row once and find out what the journal holds for it.
 
     ``check_stop`` is called once a batch and raises to end the pass.
     """
-    types = ColumnTypes(config.carry, outputs.NAMES)
-    plan = Plan(sources, array("I"), Counts(), types.carried())
-    ids = RepeatedIds()
+    types, ids = ColumnTypes(config.carry, outputs.NAMES), RepeatedIds()
+    slots, counts, models = array("I"), Counts(), set[str]()
     journal.begin_pass()
     for source, batch in batches(sources, config.limit, check_stop, observe=types.observe):
         ids.add(batch.rows)
-        plan.slots.extend(_claim(plan, source, batch.rows, journal, config))
-    plan.carried = types.carried()
-    plan.notes = notes(sources, plan.carried, ids)
+        slots.extend(_claim(counts, models, source, batch.rows, journal, config))
+    carried = types.carried()
     check_unchanged(sources)
-    return plan
+    said = tuple(notes(sources, carried, ids))
+    return Plan(sources, slots, counts, carried, frozenset(models), said)
+
+
+def plan_run(begun: Begun, sources: Sequence[Source], opened: Opened) -> Plan:
+    """The plan of a run that sends: answers set aside come back, doubtful rows are given up.
+
+    UsageError for a run that would leave out answers, or that has no model to ask.
+    """
+    config, book, check_stop = begun.config, opened.book, begun.stop.check
+    plan = make_plan(sources, config, book, check_stop)
+    taken_back = 0
+    if plan.counts.to_send:
+        unused = Unused.of(config, begun.state, synthetic=config.mock)
+        taken_back = unused.take_back(book, check_stop)
+    book.forget_passes()
+    given_up = 0 if config.retry_failed else _give_up_doubtful(plan, book, config)
+    if taken_back or given_up:
+        _count_held(plan, book, config)
+    _check_limit(config, book)
+    _check_model(plan.models)
+    return replace(plan, taken_back=taken_back, warnings=tuple(_warnings(begun, opened, plan)))
+
+
+def _check_limit(config: RunConfig, book: Journal) -> None:
+    held = book.answers + book.count(Held.PASSING)
+    if config.limit is not None and held > config.limit:
+        raise UsageError(
+            f"--limit {config.limit} would leave out answers of {config.output},"
+            f" which holds {held:,}",
+            next_steps=("-o trial.parquet    for a trial beside it",),
+        )
+
+
+def _check_model(models: Collection[str]) -> None:
+    if models == {""}:
+        raise UsageError(
+            "no model: neither --model nor any row names one, and this endpoint has no default",
+            next_steps=("-m MODEL            `batchrun models` lists what it offers",),
+        )
+
+
+def _warnings(begun: Begun, opened: Opened, plan: Plan) -> Iterator[str]:
+    config, state = begun.config, begun.state.path
+    if (twin := _twin(config, opened.inputs_before)) is not None:
+        yield (
+            f"{config.output} was made from {twin}, and is now made from"
+            f" {config.inputs[0]}; name another output with -o to keep both"
+        )
+    carried_bytes = sum(source.file.size_bytes for source in plan.sources)
+    needed = plan.counts.to_send * 2 * USUAL_ANSWER_BYTES + carried_bytes
+    with suppress(OSError):
+        if (free := shutil.disk_usage(state).free) < needed:
+            yield (
+                f"{state.parent.absolute()} has {size(free)} free; journal and"
+                f" output may need about {size(needed)}"
+            )
+
+
+def _twin(config: RunConfig, before: Sequence[str]) -> str | None:
+    """The other input behind this output, when both have it for want of a name with ``-o``."""
+    if len(before) != 1 or len(config.inputs) != 1 or config.to_stdout:
+        return None
+    old, new = Path(before[0]).name, Path(config.inputs[0]).name
+    with suppress(UsageError):
+        names = {default_output((each,), mock=config.mock) for each in (old, new)}
+        if old != new and names == {Path(config.output).name}:
+            return old
+    return None
 
 
 def notes(sources: Sequence[Source], carried: Carried, ids: RepeatedIds) -> list[str]:
@@ -170,24 +209,29 @@ def _has_id_only(layout: Layout) -> bool:
 
 
 def _claim(
-    plan: Plan, source: Source, rows: Rows, journal: Journal, config: RunConfig
+    counts: Counts,
+    models: set[str],
+    source: Source,
+    rows: Rows,
+    journal: Journal,
+    config: RunConfig,
 ) -> Sequence[int]:
     """The slots of a batch's rows, all counted."""
     identify = source.builder.identify
-    found = [_invalid_of(row) if isinstance(row, BadRow) else identify(row) for row in rows]
+    found = [invalid_of(row) if isinstance(row, BadRow) else identify(row) for row in rows]
     valid = [each for each in found if type(each) is Identity]
     claimed = journal.claim_all([each.hash for each in valid])
-    _count(plan.counts, journal.survey(claimed), config)
-    plan.counts.total += len(rows)
-    plan.counts.invalid += len(rows) - len(valid)
+    _count(counts, journal.survey(claimed), config)
+    counts.total += len(rows)
+    counts.invalid += len(rows) - len(valid)
     source.rows += len(rows)
     source.invalid += len(rows) - len(valid)
     if _may_replace(source.layout, config):
         for each, row in zip(found, rows, strict=True):
             if type(each) is Identity:
-                _count_replaced(plan.counts, source.layout, row, config)
-    if len(plan.models) < 2:
-        plan.models |= {each.model for each in valid}
+                _count_replaced(counts, source.layout, row, config)
+    if len(models) < 2:
+        models |= {each.model for each in valid}
     if len(valid) == len(rows):
         return claimed
     slots = iter(claimed)
@@ -203,21 +247,13 @@ def _count(counts: Counts, survey: Survey, config: RunConfig) -> None:
     counts.repeats += survey.repeats
 
 
-def count_held(plan: Plan, journal: Journal, config: RunConfig) -> None:
+def _count_held(plan: Plan, journal: Journal, config: RunConfig) -> None:
     """Count anew what the journal holds for the rows, after it has come to hold more."""
     counts = plan.counts
     counts.held_ok = counts.held_failed = counts.retried = counts.new = counts.repeats = 0
     for first in range(0, len(plan.slots), BATCH_ROWS):
         slots = [slot for slot in plan.slots[first : first + BATCH_ROWS] if slot != INVALID]
         _count(counts, journal.survey(slots), config)
-
-
-def identified(builder: Builder, row: Row | BadRow) -> Built | Invalid:
-    return _invalid_of(row) if isinstance(row, BadRow) else builder.build(row)
-
-
-def _invalid_of(row: BadRow) -> Invalid:
-    return Invalid(row.code, row.reason)
 
 
 def _may_replace(layout: Layout, config: RunConfig) -> bool:
@@ -244,31 +280,25 @@ def _count_replaced(counts: Counts, layout: Layout, row: Row | BadRow, config: R
             counts.params_replaced[name] += 1
 
 
-def give_up_doubtful(plan: Plan, journal: Journal, max_in_doubt: int) -> int:
+def _give_up_doubtful(plan: Plan, journal: Journal, config: RunConfig) -> int:
     """Settle the rows whose attempts of earlier runs may have been billed too often; how many.
 
     They keep the code of their last failure, and only --retry-failed sends them again.
     """
-    if not journal.attempts_in_doubt:
-        return 0
     given_up = 0
-    for slot in plan.slots:
-        if slot == INVALID or journal.in_doubt(slot) <= max_in_doubt:
+    for slot in plan.slots if journal.attempts_in_doubt else ():
+        if slot == INVALID or journal.in_doubt(slot) <= config.max_in_doubt_retries:
             continue
         held = journal.held(slot)
         if held is Held.NEW:
-            journal.settled(slot, _unanswered(journal, slot))
-            plan.counts.new -= 1
+            outcome = _unanswered(journal, slot)
         elif held is Held.PASSING:
-            last = msgspec.structs.replace(
-                journal.read(slot), final=True, in_doubt=journal.in_doubt(slot)
-            )
-            journal.settled(slot, last)
-            plan.counts.retried -= 1
+            in_doubt = journal.in_doubt(slot)
+            outcome = msgspec.structs.replace(journal.read(slot), final=True, in_doubt=in_doubt)
         else:
             continue
+        journal.settled(slot, outcome)
         given_up += 1
-    plan.counts.held_failed += given_up
     journal.flush()
     return given_up
 
@@ -294,188 +324,3 @@ def _unanswered(journal: Journal, slot: int) -> Outcome:
         usage=NO_USAGE,
         body=b"",
     )
-
-
-def to_send(config: RunConfig) -> Collection[Held]:
-    """Failures that pass are tried by every rerun, final ones only by --retry-failed."""
-    return {Held.NEW, Held.PASSING, *([Held.REJECTED] if config.retry_failed else [])}
-
-
-def requests(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[list[Request]]:
-    """The second pass: the requests of the rows still to be sent, in order, in batches.
-
-    A row that is not what the plan saw ends the run: the input changed while it was read.
-    """
-    batch: list[Request] = []
-    size_bytes = 0
-    for request in _pending(plan, journal, config):
-        batch.append(request)
-        size_bytes += len(request.body)
-        if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
-            yield batch
-            batch, size_bytes = [], 0
-    if batch:
-        yield batch
-    check_unchanged(plan.sources)
-
-
-def _pending(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[Request]:
-    row_number = 0
-    held = to_send(config)
-    for source, batch in batches(plan.sources, config.limit):
-        first, row_number = row_number, row_number + len(batch)
-        slots = plan.slots[first:row_number]
-        for index in _places(slots, held, journal):
-            slot = slots[index]
-            row = first + index
-            built = identified(source.builder, batch.rows[index])
-            if isinstance(built, Invalid) or built.hash != journal.hash(slot):
-                raise changed(source.file)
-            in_doubt = journal.in_doubt(slot)
-            if journal.held(slot) is Held.REJECTED or in_doubt > config.max_in_doubt_retries:
-                # Only --retry-failed comes here: the user's word that the risk is taken anew.
-                in_doubt = 0
-            yield Request(
-                row=row,
-                body=chat.encode(built.body),
-                hash=built.hash,
-                occurrence=journal.occurrence(slot),
-                slot=slot,
-                model=built.model,
-                model_from_row=built.model_from_row,
-                in_doubt=in_doubt,
-            )
-
-
-def _places(slots: Sequence[int], held: Collection[Held], journal: Journal) -> Sequence[int]:
-    if INVALID not in slots:
-        return journal.places(slots, held)
-    valid = [index for index, slot in enumerate(slots) if slot != INVALID]
-    return [valid[at] for at in journal.places([slots[index] for index in valid], held)]
-
-
-def slices(
-    plan: Plan,
-    journal: Journal,
-    config: RunConfig,
-    check_stop: CheckStop,
-) -> Iterator[Slice]:
-    """The third pass: every row with its answer, or None where it has none yet."""
-    row_number = 0
-    reading = batches(
-        plan.sources, config.limit, check_stop, columns=_identifying, carried=plan.carried
-    )
-    for source, batch in reading:
-        first, row_number = row_number, row_number + len(batch)
-        if row_number > len(plan.slots):
-            raise changed(source.file)
-        slots = plan.slots[first:row_number]
-        custom_ids = _custom_ids(batch.rows, first + 1)
-        outcomes = _outcomes(source, batch, slots, journal)
-        yield Slice(batch.carried, custom_ids, Places(source.file.name, batch.lines), outcomes)
-    check_unchanged(plan.sources)
-
-
-def _outcomes(
-    source: Source, batch: Batch, slots: Sequence[int], journal: Journal
-) -> Sequence[Outcome | InvalidRow | None]:
-    if INVALID not in slots:
-        return journal.read_all(slots)
-    held = iter(journal.read_all([slot for slot in slots if slot != INVALID]))
-    return [
-        _invalid(source, row) if slot == INVALID else next(held)
-        for slot, row in zip(slots, batch.rows, strict=True)
-    ]
-
-
-def _invalid(source: Source, row: Row | BadRow) -> InvalidRow:
-    built = identified(source.builder, row)
-    if not isinstance(built, Invalid):
-        raise changed(source.file)
-    return InvalidRow(built.code, built.reason)
-
-
-def _identifying(source: Source) -> Collection[str] | None:
-    # Why a row is invalid is found out again: reasons for 10,000,000 bad rows are not kept.
-    return source.layout.columns_needed if source.invalid else (chat.CUSTOM_ID,)
-
-
-def _custom_ids(rows: Rows, first: int) -> list[str]:
-    """A row's own id, or else its number."""
-    custom_ids = list(map(str, range(first, first + len(rows))))
-    for at, row in enumerate(rows):
-        if type(row) is dict and chat.CUSTOM_ID in row:
-            custom_ids[at] = chat.custom_id(row) or custom_ids[at]
-    return custom_ids
-
-
-class Places(Sequence[str]):
-    """Where rows stand, for people: ``prompts.jsonl:214``; made only when asked for."""
-
-    __slots__ = ("_lines", "_name")
-
-    def __init__(self, name: str, lines: Sequence[int]) -> None:
-        self._name = name
-        self._lines = lines
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # nobody slices it
-        return f"{self._name}:{self._lines[index]}"
-
-
-def check_unchanged(sources: Sequence[Source]) -> None:
-    """StoppedEarly when a file is no longer the one this run began to read."""
-    for source in sources:
-        if not inputs.unchanged(source.file):
-            raise changed(source.file)
-
-
-def changed(file: InputFile) -> StoppedEarly:
-    return StoppedEarly(f"{file.name} changed while it was read; nothing was published")
-
-
-def batches(
-    sources: Sequence[Source],
-    limit: int | None,
-    check_stop: CheckStop = never_stop,
-    *,
-    columns: Callable[[Source], Collection[str] | None] = needed,
-    carried: Carried | None = None,
-    observe: Callable[[InputFile, Batch], None] | None = None,
-) -> Iterator[tuple[Source, Batch]]:
-    """Every source's batches up to ``limit`` rows in all; StoppedEarly for a changed file."""
-    left = limit
-    for source in sources:
-        for batch in _read(source, columns(source), carried):
-            check_stop()
-            # Whole, for publishing converts whole batches too, whatever the limit.
-            if observe is not None:
-                observe(source.file, batch)
-            if left is not None:
-                batch = _first(batch, left)
-                left -= len(batch)
-            if len(batch):
-                yield source, batch
-            if left == 0:
-                return
-
-
-def _read(
-    source: Source, columns: Collection[str] | None, carried: Carried | None
-) -> Iterator[Batch]:
-    check_unchanged((source,))
-    try:
-        yield from inputs.read(source.file, columns=columns, carry=carried)
-    except Exception:
-        # Half of a file that is being written reads as anything: its change is what went wrong.
-        check_unchanged((source,))
-        raise
-
-
-def _first(batch: Batch, rows: int) -> Batch:
-    if len(batch) <= rows:
-        return batch
-    carried = batch.carried.slice(0, rows) if batch.carried is not None else None
-    return Batch(batch.lines[:rows], batch.rows[:rows], carried)

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
 
-from batchrun import inputs, outputs, process
-from batchrun.config import STDIN, STDOUT, OutputFormat, RunConfig
+from batchrun import outputs
 from batchrun.console import StatusFacts
 from batchrun.errors import UsageError
-from batchrun.journal import Held, Holder, Journal, holder, read_saved, read_status
-from batchrun.outputs import Footer, FooterRows, Target
-from batchrun.runs import plan
-from batchrun.runs.opening import has_journal, prompt_settings, state_of
+from batchrun.journal import Held, Holder, Journal, StateDir, holder, read_saved, read_status
+from batchrun.outputs import Footer
+from batchrun.runs.facts import row_counts
+from batchrun.runs.place import state_of
 from batchrun.runs.unused import Unused
 from batchrun.summary import RowCounts
-
-
-def look(config: RunConfig) -> None:
-    """Find the inputs and what their rows are; UsageError or LocalIOError when that cannot be.
-
-    What comes on stdin is not looked at: it can be read only once.
-    """
-    if STDIN in config.inputs:
-        return
-    files = inputs.resolve(config.inputs, config.input_format)
-    plan.lay_out(files.files, prompt_settings(config), config)
 
 
 def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     """How the run of ``output`` stands: running, stopped or finished. UsageError when none is."""
     state = state_of(output, state_dir)
-    held_by = holder(state)
-    told = read_status(state)
-    # A state may outlive the publishing: it keeps answers of rows that are gone from the input.
-    is_over = held_by is None and told is not None and told.state == "finished"
-    if held_by is not None or (has_journal(state) and not is_over):
+    held_by = holder(state.path)
+    if held_by is not None or state.has_journal():
         return _unfinished(output, state, held_by)
     footer = footer_of(output)
     if footer is None:
@@ -48,7 +30,7 @@ def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     return StatusFacts(
         state="finished",
         output=output,
-        rows=_row_counts(footer.rows),
+        rows=row_counts(footer.rows),
         finished_at_ms=_unix_ms(footer.finished_at),
         models=tuple(footer.request_models),
         endpoint_hosts=tuple(footer.hosts),
@@ -60,15 +42,15 @@ def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     )
 
 
-def _unfinished(output: str, state: Path, holder: Holder | None) -> StatusFacts:
-    told = read_status(state)
-    saved = read_saved(state)
+def _unfinished(output: str, state: StateDir, holder: Holder | None) -> StatusFacts:
+    told = read_status(state.path)
+    saved = read_saved(state.path)
     if told is not None and (holder is not None or told.state == "stopped"):
         # A process says more than its journal: rows of invalid input too, and while it runs,
         # reading that would slow it down. One that was killed said nothing at its end.
         rows = RowCounts(total=told.total, ok=told.ok, error=told.failed, pending=told.pending)
     else:
-        rows = _held_rows(state, told.total if told else None)
+        rows = _held_rows(state.path, told.total if told else None)
     return StatusFacts(
         state="running" if holder is not None else "stopped",
         output=output,
@@ -104,45 +86,6 @@ def _held_rows(state: Path, total: int | None) -> RowCounts:
 def footer_of(output: str) -> Footer | None:
     path = Path(output)
     return outputs.recognise(path) if path.is_file() else None
-
-
-def place_of(target: str, output: str, inputs: Iterable[Path]) -> Target | BinaryIO:
-    """Where to write. UsageError when it is the output, an input, or not batchrun's to replace."""
-    if target == STDOUT:
-        return process.stdout()
-    path = Path(target)
-    if os.path.realpath(target) == os.path.realpath(output):
-        raise UsageError(f"-o {target}: that is the output itself; name another file")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"-o {target}: that is not a regular file; name another")
-    outputs.clean_leftovers(path)
-    place = Target.at(path)
-    if place.found is not None:
-        if any(each.exists() and each.samefile(path) for each in inputs):
-            raise UsageError(f"-o {target}: that is an input of this run; name another file")
-        if outputs.recognise(path) is None:
-            raise UsageError(f"-o {target}: exists and was not written by batchrun; name another")
-    return place
-
-
-def format_of(target: str) -> OutputFormat:
-    return "parquet" if target.endswith(".parquet") else "jsonl"
-
-
-def size(target: str) -> int | None:
-    return None if target == STDOUT else Path(target).stat().st_size
-
-
-def _row_counts(rows: FooterRows) -> RowCounts:
-    return RowCounts(
-        total=rows.ok + rows.error,
-        ok=rows.ok,
-        error=rows.error,
-        truncated=rows.truncated,
-        filtered=rows.filtered,
-        empty=rows.empty,
-        duplicate=rows.duplicate,
-    )
 
 
 def _unix_ms(text: str) -> int | None:

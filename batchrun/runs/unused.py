@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batchrun import outputs
-from batchrun.config import VERSION
+from batchrun.config import VERSION, RunConfig
 from batchrun.files import reporting, sync_directory
-from batchrun.journal import Held, Journal
+from batchrun.journal import Held, Journal, StateDir
 from batchrun.outputs import Aside, Footer, Mark, OutputTally, Slice, Target
-from batchrun.types import Outcome
+from batchrun.types import Outcome, UnusedCounts
+from batchrun.words import count, verb
 
 DAY_MS = 86_400_000
 
@@ -65,6 +66,46 @@ class Kept(NamedTuple):
     dropped: int = 0  # were kept long enough, or not to be kept
     not_ours: tuple[Path, ...] = ()  # had the name before, and keep it
 
+    def notes(self, keep_days: float | None) -> tuple[str, ...]:
+        """What the run did about it, in words."""
+        said = [
+            f"{path} is not this output's own file of unused answers, and stays"
+            for path in self.not_ours
+        ]
+        if self.moved:
+            kept = f"{_gone(self.answers)} kept in {self.file} {_how_long(keep_days)}"
+            said.append(f"{kept} (--keep-unused)")
+        if self.dropped:
+            after = f" after {_days(keep_days)}" if keep_days else ""
+            said.append(f"{_gone(self.dropped)} dropped{after} (--keep-unused)")
+        return tuple(said)
+
+
+def counts_of(kept: Sequence[Kept | None], taken_back: int) -> UnusedCounts:
+    """What became of unused answers in a run that looked after them so often, in this order."""
+    every = [each for each in kept if each is not None]
+    last = every[-1] if every else Kept()
+    return UnusedCounts(
+        answers=last.answers,
+        file=str(last.file) if last.file else None,
+        moved=sum(each.moved for each in every),
+        dropped=sum(each.dropped for each in every),
+        taken_back=taken_back,
+    )
+
+
+def _gone(answers: int) -> str:
+    row = "of a row" if answers == 1 else "of rows"
+    return f"{count(answers, 'answer')} {row} gone from the input {verb(answers, 'are')}"
+
+
+def _how_long(days: float | None) -> str:
+    return "for ever" if days is None else f"for {_days(days)}"
+
+
+def _days(days: float) -> str:
+    return "1 day" if days == 1 else f"{days:g} days"
+
 
 class Unused:
     """The answers of one output whose rows are gone. ``tend`` is for who holds the output's lock.
@@ -78,6 +119,12 @@ class Unused:
         self._synthetic = synthetic
         self._keep_days = keep_days
         self._files = [file for path in self._names() if (file := self._recognised(path))]
+
+    @classmethod
+    def of(cls, config: RunConfig, state: StateDir, *, synthetic: bool) -> Unused:
+        """Those of a run's output; of one to stdout they are inside its state."""
+        beside = state.path if config.to_stdout else Path(config.output)
+        return cls(beside, synthetic=synthetic, keep_days=config.keep_unused_days)
 
     @property
     def kept(self) -> Kept:

@@ -10,8 +10,10 @@ from batchrun.chat import Invalid
 from batchrun.config import STDIN, RunConfig
 from batchrun.console import BadRowFacts, ValidateFacts
 from batchrun.journal import SlotTable
-from batchrun.runs import plan
-from batchrun.runs.opening import file_facts, prompt_settings
+from batchrun.runs.asking import prompt_settings
+from batchrun.runs.facts import file_facts
+from batchrun.runs.plan import notes
+from batchrun.runs.sources import batches, identified, lay_out, never_stop
 from batchrun.secret import hidden_in_url
 
 SHOWN_BAD_ROWS = 1_000
@@ -22,21 +24,21 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
     with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
         spool = None
         if STDIN in config.inputs:
-            spool = inputs.spool(process.stdin(plan.never_stop), Path(directory))
+            spool = inputs.spool(process.stdin(never_stop), Path(directory))
         files, skipped = inputs.resolve(config.inputs, config.input_format, spool=spool)
         settings = prompt_settings(config)
-        sources = plan.lay_out(files, settings, config)
+        sources = lay_out(files, settings, config)
         types, ids = inputs.ColumnTypes(config.carry, outputs.NAMES), inputs.RepeatedIds()
         table = SlotTable()
         rows = repeats = bad = 0
         bad_rows: list[BadRowFacts] = []
         bodies: list[str] = []
-        for source, batch in plan.batches(sources, config.limit, observe=types.observe):
+        for source, batch in batches(sources, config.limit, observe=types.observe):
             ids.add(batch.rows)
             for line, row in zip(batch.lines, batch.rows, strict=True):
                 rows += 1
                 source.rows += 1
-                built = plan.identified(source.builder, row)
+                built = identified(source.builder, row)
                 if isinstance(built, Invalid):
                     bad += 1
                     if len(bad_rows) < SHOWN_BAD_ROWS:
@@ -55,8 +57,18 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
             repeats=repeats,
             url=hidden_in_url(config.endpoint.url) or None,
             renamed=tuple(carried.renamed),
-            notes=tuple(plan.notes(sources, carried, ids)),
+            notes=tuple(notes(sources, carried, ids)),
             skipped=tuple(skipped),
             first_body=bodies[0] if bodies else None,
             bodies=tuple(bodies[:show]),
         )
+
+
+def look(config: RunConfig) -> None:
+    """Find the inputs and what their rows are; UsageError or LocalIOError when that cannot be.
+
+    What comes on stdin is not looked at: it can be read only once.
+    """
+    if STDIN not in config.inputs:
+        files = inputs.resolve(config.inputs, config.input_format)
+        lay_out(files.files, prompt_settings(config), config)

@@ -299,7 +299,7 @@ def test_the_dump_of_a_process_that_dies_holds_no_key() -> None:
 BUGS = {
     "a request": "client.ChatEndpoint._parsed = broken",
     "a callback": "Limits.stop = broken",
-    "the run": "submit._Run.go = broken",
+    "the run": "submit._go_on = broken",
     "the end": "console.final_block = broken",
 }
 

@@ -1,0 +1,84 @@
+"""What is asked of every row, and the endpoint that is asked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from batchrun import process
+from batchrun.chat import PromptSettings
+from batchrun.config import MAX_CONCURRENCY, RunConfig
+from batchrun.endpoint import ChatEndpoint
+from batchrun.mock import Knobs, MockServer
+from batchrun.providers import DEFAULT_MODEL, MOCK, Endpoint, full_url, provider_of
+from batchrun.secret import Secret
+
+
+def prompt_settings(config: RunConfig) -> PromptSettings:
+    """What the user asks of every row, with this endpoint's habits."""
+    return PromptSettings(
+        model=model_of(config),
+        model_replaces=config.model_replaces,
+        system=config.system,
+        params=config.params,
+        params_replacing=config.params_replacing,
+        stream=config.stream,
+        stream_usage=_asks_usage(config),
+        prompt_column=config.prompt_column,
+        body_columns=config.body_columns,
+    )
+
+
+def model_of(config: RunConfig) -> str | None:
+    return config.endpoint.default_model if config.model is None else config.model
+
+
+def _asks_usage(config: RunConfig) -> bool:
+    """Whether a stream of this endpoint tells its usage only when asked."""
+    provider = provider_of(config.endpoint.url)
+    is_default = config.endpoint.default_model == DEFAULT_MODEL
+    return not is_default and (provider is None or provider.name != "mistral")
+
+
+@asynccontextmanager
+async def chat_endpoint(config: RunConfig) -> AsyncIterator[ChatEndpoint]:
+    """The endpoint to send to, open until the end of the block."""
+    if config.endpoint == MOCK:
+        async with MockServer(Knobs()) as server:
+            inside = replace(MOCK, url=full_url(server.url, MOCK.path))
+            # The other ends of its connections are in this process too.
+            async with _client(config, inside, sockets_each=2) as endpoint:
+                yield endpoint
+    else:
+        async with _client(config, config.endpoint, config.headers, proxied=True) as endpoint:
+            yield endpoint
+
+
+def _client(
+    config: RunConfig,
+    endpoint: Endpoint,
+    headers: Sequence[tuple[str, Secret]] = (),
+    *,
+    proxied: bool = False,
+    sockets_each: int = 1,
+) -> ChatEndpoint:
+    return ChatEndpoint(
+        endpoint,
+        headers,
+        timeout_s=config.timeout_s,
+        connect_timeout_s=config.connect_timeout_s,
+        proxied=proxied,
+        room=process.room_for_sockets(wanted_room(config) * sockets_each) // sockets_each,
+    )
+
+
+def wanted_room(config: RunConfig) -> int:
+    """How many requests may be in flight, if this process may open as many connections."""
+    return config.concurrency or MAX_CONCURRENCY
+
+
+async def models(config: RunConfig) -> list[str]:
+    """The model names that the endpoint offers to this key."""
+    async with chat_endpoint(config) as endpoint:
+        return await endpoint.models()

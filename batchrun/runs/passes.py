@@ -1,0 +1,154 @@
+"""The input read again after planning: once for what is sent, once for what is published."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from batchrun import chat
+from batchrun.chat import Invalid
+from batchrun.config import RunConfig
+from batchrun.inputs import BadRow, Batch, Row, Rows
+from batchrun.journal import Held, Journal
+from batchrun.outputs import InvalidRow, Slice
+from batchrun.runs.plan import BATCH_ROWS, INVALID, Plan
+from batchrun.runs.sources import (
+    CheckStop,
+    Source,
+    batches,
+    changed,
+    check_unchanged,
+    identified,
+)
+from batchrun.types import Outcome, Request
+
+# A batch is large enough that handing it over costs nothing, small enough to flow.
+BATCH_BYTES = 4 * 2**20
+
+
+def to_send(config: RunConfig) -> Collection[Held]:
+    """Failures that pass are tried by every rerun, final ones only by --retry-failed."""
+    return {Held.NEW, Held.PASSING, *([Held.REJECTED] if config.retry_failed else [])}
+
+
+def requests(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[list[Request]]:
+    """The second pass: the requests of the rows still to be sent, in order, in batches.
+
+    A row that is not what the plan saw ends the run: the input changed while it was read.
+    """
+    batch: list[Request] = []
+    size_bytes = 0
+    for request in _pending(plan, journal, config):
+        batch.append(request)
+        size_bytes += len(request.body)
+        if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
+    check_unchanged(plan.sources)
+
+
+def _pending(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[Request]:
+    row_number = 0
+    held = to_send(config)
+    for source, batch in batches(plan.sources, config.limit):
+        first, row_number = row_number, row_number + len(batch)
+        slots = plan.slots[first:row_number]
+        for index in _places(slots, held, journal):
+            slot = slots[index]
+            row = first + index
+            built = identified(source.builder, batch.rows[index])
+            if isinstance(built, Invalid) or built.hash != journal.hash(slot):
+                raise changed(source.file)
+            in_doubt = journal.in_doubt(slot)
+            if journal.held(slot) is Held.REJECTED or in_doubt > config.max_in_doubt_retries:
+                # Only --retry-failed comes here: the user's word that the risk is taken anew.
+                in_doubt = 0
+            yield Request(
+                row=row,
+                body=chat.encode(built.body),
+                hash=built.hash,
+                occurrence=journal.occurrence(slot),
+                slot=slot,
+                model=built.model,
+                model_from_row=built.model_from_row,
+                in_doubt=in_doubt,
+            )
+
+
+def _places(slots: Sequence[int], held: Collection[Held], journal: Journal) -> Sequence[int]:
+    if INVALID not in slots:
+        return journal.places(slots, held)
+    valid = [index for index, slot in enumerate(slots) if slot != INVALID]
+    return [valid[at] for at in journal.places([slots[index] for index in valid], held)]
+
+
+def slices(
+    plan: Plan,
+    journal: Journal,
+    config: RunConfig,
+    check_stop: CheckStop,
+) -> Iterator[Slice]:
+    """The third pass: every row with its answer, or None where it has none yet."""
+    row_number = 0
+    reading = batches(
+        plan.sources, config.limit, check_stop, columns=_identifying, carried=plan.carried
+    )
+    for source, batch in reading:
+        first, row_number = row_number, row_number + len(batch)
+        if row_number > len(plan.slots):
+            raise changed(source.file)
+        slots = plan.slots[first:row_number]
+        custom_ids = _custom_ids(batch.rows, first + 1)
+        outcomes = _outcomes(source, batch, slots, journal)
+        yield Slice(batch.carried, custom_ids, Places(source.file.name, batch.lines), outcomes)
+    check_unchanged(plan.sources)
+
+
+def _outcomes(
+    source: Source, batch: Batch, slots: Sequence[int], journal: Journal
+) -> Sequence[Outcome | InvalidRow | None]:
+    if INVALID not in slots:
+        return journal.read_all(slots)
+    held = iter(journal.read_all([slot for slot in slots if slot != INVALID]))
+    return [
+        _invalid(source, row) if slot == INVALID else next(held)
+        for slot, row in zip(slots, batch.rows, strict=True)
+    ]
+
+
+def _invalid(source: Source, row: Row | BadRow) -> InvalidRow:
+    built = identified(source.builder, row)
+    if not isinstance(built, Invalid):
+        raise changed(source.file)
+    return InvalidRow(built.code, built.reason)
+
+
+def _identifying(source: Source) -> Collection[str] | None:
+    # Why a row is invalid is found out again: reasons for 10,000,000 bad rows are not kept.
+    return source.layout.columns_needed if source.invalid else (chat.CUSTOM_ID,)
+
+
+def _custom_ids(rows: Rows, first: int) -> list[str]:
+    """A row's own id, or else its number."""
+    custom_ids = list(map(str, range(first, first + len(rows))))
+    for at, row in enumerate(rows):
+        if type(row) is dict and chat.CUSTOM_ID in row:
+            custom_ids[at] = chat.custom_id(row) or custom_ids[at]
+    return custom_ids
+
+
+class Places(Sequence[str]):
+    """Where rows stand, for people: ``prompts.jsonl:214``; made only when asked for."""
+
+    __slots__ = ("_lines", "_name")
+
+    def __init__(self, name: str, lines: Sequence[int]) -> None:
+        self._name = name
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # nobody slices it
+        return f"{self._name}:{self._lines[index]}"

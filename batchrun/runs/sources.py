@@ -1,0 +1,116 @@
+"""The inputs laid out: each file with the way its rows become requests, read batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from batchrun import inputs
+from batchrun.chat import CHAT, Api, Builder, Built, Invalid, Layout, PromptSettings
+from batchrun.config import RunConfig
+from batchrun.errors import StoppedEarly
+from batchrun.inputs import BadRow, Batch, Carried, InputFile, Row
+
+CheckStop = Callable[[], None]
+
+
+@dataclass(slots=True)
+class Source:
+    """One input file and how its rows become requests."""
+
+    file: InputFile
+    layout: Layout
+    builder: Builder
+    rows: int = 0
+    invalid: int = 0
+
+
+def lay_out(
+    files: Sequence[InputFile], settings: PromptSettings, config: RunConfig, api: Api = CHAT
+) -> list[Source]:
+    """Decide each file's shape from its schema or its first good rows."""
+    sources = []
+    for file in files:
+        columns, rows = inputs.head(file)
+        layout = api.detect(columns, rows, settings, config.shape, file.name)
+        sources.append(Source(file, layout, api.builder(layout, settings)))
+    return sources
+
+
+def shapes(sources: Sequence[Source]) -> tuple[str, str | None]:
+    """The shape and prompt column that bind a rerun; several shapes are joined in order."""
+    kinds = sorted({source.layout.shape for source in sources})
+    columns = sorted({s.layout.prompt_column for s in sources if s.layout.prompt_column})
+    return ",".join(kinds), ",".join(columns) or None
+
+
+def needed(source: Source) -> Collection[str] | None:
+    return source.layout.columns_needed
+
+
+def never_stop() -> None:
+    """The check of a pass that nobody interrupts."""
+
+
+def batches(
+    sources: Sequence[Source],
+    limit: int | None,
+    check_stop: CheckStop = never_stop,
+    *,
+    columns: Callable[[Source], Collection[str] | None] = needed,
+    carried: Carried | None = None,
+    observe: Callable[[InputFile, Batch], None] | None = None,
+) -> Iterator[tuple[Source, Batch]]:
+    """Every source's batches up to ``limit`` rows in all; StoppedEarly for a changed file."""
+    left = limit
+    for source in sources:
+        for batch in _read(source, columns(source), carried):
+            check_stop()
+            # Whole, for publishing converts whole batches too, whatever the limit.
+            if observe is not None:
+                observe(source.file, batch)
+            if left is not None:
+                batch = _first(batch, left)
+                left -= len(batch)
+            if len(batch):
+                yield source, batch
+            if left == 0:
+                return
+
+
+def _read(
+    source: Source, columns: Collection[str] | None, carried: Carried | None
+) -> Iterator[Batch]:
+    check_unchanged((source,))
+    try:
+        yield from inputs.read(source.file, columns=columns, carry=carried)
+    except Exception:
+        # Half of a file that is being written reads as anything: its change is what went wrong.
+        check_unchanged((source,))
+        raise
+
+
+def _first(batch: Batch, rows: int) -> Batch:
+    if len(batch) <= rows:
+        return batch
+    carried = batch.carried.slice(0, rows) if batch.carried is not None else None
+    return Batch(batch.lines[:rows], batch.rows[:rows], carried)
+
+
+def check_unchanged(sources: Sequence[Source]) -> None:
+    """StoppedEarly when a file is no longer the one this run began to read."""
+    for source in sources:
+        if not inputs.unchanged(source.file):
+            raise changed(source.file)
+
+
+def changed(file: InputFile) -> StoppedEarly:
+    return StoppedEarly(f"{file.name} changed while it was read; nothing was published")
+
+
+def identified(builder: Builder, row: Row | BadRow) -> Built | Invalid:
+    return invalid_of(row) if isinstance(row, BadRow) else builder.build(row)
+
+
+def invalid_of(row: BadRow) -> Invalid:
+    return Invalid(row.code, row.reason)
