@@ -17,13 +17,13 @@ from batchrun.runs.sources import Source
 from batchrun.summary import RowCounts
 
 
-def file_facts(source: Source) -> FileFacts:
+def file_facts(source: Source, rows: int) -> FileFacts:
     """One input as the start block and ``validate`` show it."""
     return FileFacts(
         name=source.file.name,
         format=source.file.format,
         compression=source.file.compression,
-        rows=source.rows,
+        rows=rows,
         size_bytes=source.file.size_bytes,
         shape=source.layout.shape,
         prompt_column=source.layout.prompt_column,
@@ -36,7 +36,7 @@ def start_facts(begun: Begun, found: Found, opened: Opened, plan: Plan) -> Start
     config, counts, endpoint = begun.config, plan.counts, begun.config.endpoint
     held = counts.held_ok + counts.held_failed + counts.retried
     return StartFacts(
-        files=tuple(file_facts(source) for source in found.sources),
+        files=tuple(file_facts(source, counts.rows_of[source]) for source in found.sources),
         output=config.output,
         rows=counts.total,
         to_send=counts.to_send,

@@ -90,9 +90,14 @@ def slices(
     check_stop: CheckStop,
 ) -> Iterator[Slice]:
     """The third pass: every row with its answer, or None where it has none yet."""
+
+    def identifying(source: Source) -> Collection[str] | None:
+        # Why a row is invalid is found out again: reasons for 10,000,000 bad rows are not kept.
+        return source.layout.columns_needed if plan.counts.invalid_of[source] else (chat.CUSTOM_ID,)
+
     row_number = 0
     reading = batches(
-        plan.sources, config.limit, check_stop, columns=_identifying, carried=plan.carried
+        plan.sources, config.limit, check_stop, columns=identifying, carried=plan.carried
     )
     for source, batch in reading:
         first, row_number = row_number, row_number + len(batch)
@@ -122,11 +127,6 @@ def _invalid(source: Source, row: Row | BadRow) -> InvalidRow:
     if not isinstance(built, Invalid):
         raise changed(source.file)
     return InvalidRow(built.code, built.reason)
-
-
-def _identifying(source: Source) -> Collection[str] | None:
-    # Why a row is invalid is found out again: reasons for 10,000,000 bad rows are not kept.
-    return source.layout.columns_needed if source.invalid else (chat.CUSTOM_ID,)
 
 
 def _custom_ids(rows: Rows, first: int) -> list[str]:

@@ -54,16 +54,24 @@ MAX_NAMED_COLUMNS = 5
 class Counts:
     """What the rows of the input are, before anything is sent."""
 
-    total: int = 0
+    rows_of: Counter[Source] = field(default_factory=Counter)
+    invalid_of: Counter[Source] = field(default_factory=Counter)
     held_ok: int = 0
     held_failed: int = 0  # settled failures that stay
     retried: int = 0  # failed before, sent again
     new: int = 0
-    invalid: int = 0
     repeats: int = 0
     model_replaced: int = 0
     models_replaced: set[str] = field(default_factory=set)
     params_replaced: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        return self.rows_of.total()
+
+    @property
+    def invalid(self) -> int:
+        return self.invalid_of.total()
 
     @property
     def to_send(self) -> int:
@@ -222,10 +230,8 @@ def _claim(
     valid = [each for each in found if type(each) is Identity]
     claimed = journal.claim_all([each.hash for each in valid])
     _count(counts, journal.survey(claimed), config)
-    counts.total += len(rows)
-    counts.invalid += len(rows) - len(valid)
-    source.rows += len(rows)
-    source.invalid += len(rows) - len(valid)
+    counts.rows_of[source] += len(rows)
+    counts.invalid_of[source] += len(rows) - len(valid)
     if _may_replace(source.layout, config):
         for each, row in zip(found, rows, strict=True):
             if type(each) is Identity:

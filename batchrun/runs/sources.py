@@ -14,15 +14,13 @@ from batchrun.inputs import BadRow, Batch, Carried, InputFile, Row
 CheckStop = Callable[[], None]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Source:
     """One input file and how its rows become requests."""
 
     file: InputFile
     layout: Layout
     builder: Builder
-    rows: int = 0
-    invalid: int = 0
 
 
 def lay_out(

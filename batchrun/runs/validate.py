@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from batchrun import chat, inputs, outputs, process
@@ -13,7 +14,7 @@ from batchrun.journal import SlotTable
 from batchrun.runs.asking import prompt_settings
 from batchrun.runs.facts import file_facts
 from batchrun.runs.plan import notes
-from batchrun.runs.sources import batches, identified, lay_out, never_stop
+from batchrun.runs.sources import Source, batches, identified, lay_out, never_stop
 from batchrun.secret import hidden_in_url
 
 SHOWN_BAD_ROWS = 1_000
@@ -30,14 +31,14 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
         sources = lay_out(files, settings, config)
         types, ids = inputs.ColumnTypes(config.carry, outputs.NAMES), inputs.RepeatedIds()
         table = SlotTable()
-        rows = repeats = bad = 0
+        rows_of = Counter[Source]()
+        repeats = bad = 0
         bad_rows: list[BadRowFacts] = []
         bodies: list[str] = []
         for source, batch in batches(sources, config.limit, observe=types.observe):
             ids.add(batch.rows)
+            rows_of[source] += len(batch)
             for line, row in zip(batch.lines, batch.rows, strict=True):
-                rows += 1
-                source.rows += 1
                 built = identified(source.builder, row)
                 if isinstance(built, Invalid):
                     bad += 1
@@ -50,8 +51,8 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
                     bodies.append(chat.encode(built.body).decode())
         carried = types.carried()
         return ValidateFacts(
-            files=tuple(file_facts(source) for source in sources),
-            rows=rows,
+            files=tuple(file_facts(source, rows_of[source]) for source in sources),
+            rows=rows_of.total(),
             bad=bad,
             bad_rows=tuple(bad_rows),
             repeats=repeats,
