@@ -29,19 +29,17 @@ from batchrun.journal import records
 from batchrun.journal.kept_table import (
     Covered,
     ends_of,
-    forget_table,
-    forget_unfinished_table,
     write_table,
 )
 from batchrun.journal.recovery import (
-    clear,
+    check_version,
     create_first_segment,
     damaged,
     misplaced,
     repair,
     replay,
 )
-from batchrun.journal.segments import Contents, Header, Recovery, segment_path
+from batchrun.journal.segments import Contents, Header, Recovery
 from batchrun.journal.slots import Held, Survey
 from batchrun.journal.state import StateDir
 from batchrun.types import Outcome
@@ -88,8 +86,8 @@ class Journal:
     what is on disk is what the next ``open`` finds.
     """
 
-    def __init__(self, state: Path, segment_bytes: int, *, writable: bool) -> None:
-        self.run_path = state
+    def __init__(self, state: StateDir, segment_bytes: int, *, writable: bool) -> None:
+        self._state = state
         self._segment_bytes = segment_bytes
         self._writable = writable
         self._buffer = bytearray()
@@ -105,19 +103,21 @@ class Journal:
 
         Raises JournalDamaged when records that were durable are not whole, LocalIOError otherwise.
         """
-        self = cls(state, segment_bytes, writable=True)
+        directory = StateDir(state)
+        self = cls(directory, segment_bytes, writable=True)
         with reporting(state, "open the journal"):
             make_private(state)
-            StateDir(state).finish_removal()
-            contents = replay(state)
-            forget_unfinished_table(state)
+            directory.finish_removal()
+            contents = replay(directory)
+            directory.forget_unfinished_table()
             # Before anything is appended: once the segments have grown, it might be believed.
             if contents is None or not contents.from_table:
-                forget_table(state)
+                directory.forget_table()
             if contents is None:
                 self._begin(header)
                 return self
-            self._adopt(contents, repair(state, contents))
+            check_version(directory, contents.header, header)
+            self._adopt(contents, repair(directory, contents))
             self._continue_last_segment()
             self._note_unsynced(contents.durable)
             if contents.events > max(_FEWEST_KEPT, len(self._table) // _WORTH_KEEPING):
@@ -131,17 +131,18 @@ class Journal:
 
         Repairs nothing. A torn tail is a record on its way, and not counted.
         """
+        directory = StateDir(state)
         with reporting(state, "read the journal"):
-            contents = replay(state)
+            contents = replay(directory)
         if contents is None:
             return None
-        self = cls(state, SEGMENT_BYTES, writable=False)
+        self = cls(directory, SEGMENT_BYTES, writable=False)
         self._adopt(contents, Recovery())
         return self
 
     def _begin(self, header: Header) -> None:
-        create_first_segment(self.run_path, header)
-        size = segment_path(self.run_path, 1).stat().st_size
+        create_first_segment(self._state, header)
+        size = self._state.segment(1).stat().st_size
         self._adopt(Contents(header, sizes=[size]), Recovery())
         self._continue_last_segment()
 
@@ -158,14 +159,14 @@ class Journal:
         self._syncing: _Sync | None = None
 
     def _continue_last_segment(self) -> None:
-        path = segment_path(self.run_path, self._segment)
+        path = self._state.segment(self._segment)
         self._fd = open_regular(path, os.O_WRONLY | os.O_APPEND)
 
     def _note_unsynced(self, durable: int) -> None:
         """A killed process may have left records that are written but not yet durable."""
         segment, offset = divmod(durable, 1 << records.OFFSET_BITS)
         for number in range(max(segment, 1), self._segment):
-            with opened(segment_path(self.run_path, number)) as fd:
+            with opened(self._state.segment(number)) as fd:
                 make_durable(fd)
         after_sync = (
             self._size - offset - len(records.frame_of(records.SYNC, records.POSITION.pack(0), 0))
@@ -254,7 +255,7 @@ class Journal:
         try:
             outcome = self._read_one(segment, offset)
         except OSError as exc:
-            raise io_error(segment_path(self.run_path, segment), "read", exc) from exc
+            raise io_error(self._state.segment(segment), "read", exc) from exc
         self._check_theirs((slot,), (outcome,))
         return outcome
 
@@ -273,7 +274,7 @@ class Journal:
             try:
                 self._read_run(segment, positions[at:end], places[at:end], outcomes)
             except OSError as exc:
-                raise io_error(segment_path(self.run_path, segment), "read", exc) from exc
+                raise io_error(self._state.segment(segment), "read", exc) from exc
             at = end
         self._check_theirs(slots, outcomes)
         return outcomes
@@ -290,7 +291,7 @@ class Journal:
                 continue
             if (outcome.hash, outcome.occurrence) != (table.hash(slot), table.occurrence(slot)):
                 segment, offset = divmod(table.position(slot), 1 << records.OFFSET_BITS)
-                raise misplaced(segment_path(self.run_path, segment), offset)
+                raise misplaced(self._state.segment(segment), offset)
 
     def _read_run(
         self,
@@ -317,7 +318,7 @@ class Journal:
             frame = os.pread(fd, end, offset)
         outcome = records.outcome_at(frame, 0, self._salt_of(segment))
         if outcome is None:
-            raise damaged(segment_path(self.run_path, segment), offset)
+            raise damaged(self._state.segment(segment), offset)
         return outcome
 
     def _salt_of(self, segment: int) -> int:
@@ -328,7 +329,7 @@ class Journal:
         if fd is None:
             if len(self._readers) >= _MOST_OPEN_SEGMENTS:
                 os.close(self._readers.pop(next(iter(self._readers))))
-            fd = open_regular(segment_path(self.run_path, segment), os.O_RDONLY)
+            fd = open_regular(self._state.segment(segment), os.O_RDONLY)
             self._readers[segment] = fd
         return fd
 
@@ -384,7 +385,9 @@ class Journal:
         self._dirty = True
 
     def _refuse(self) -> NoReturn:
-        raise self._failure or LocalIOError(f"{self.run_path}: this journal is not open to write")
+        raise self._failure or LocalIOError(
+            f"{self._state.path}: this journal is not open to write"
+        )
 
     # ── making it stay ───────────────────────────────────────────────────────────────────────────
 
@@ -427,13 +430,13 @@ class Journal:
                 table.reopened(slot)
 
     def _fail(self, doing: str, error: OSError) -> NoReturn:
-        path = segment_path(self.run_path, self._segment)
+        path = self._state.segment(self._segment)
         self._failure = io_error(path, doing, error)
         raise self._failure from error
 
     def _begin_segment(self) -> None:
         """Go on in a new file. The full one stays open until a sync has sealed it."""
-        path = segment_path(self.run_path, self._segment + 1)
+        path = self._state.segment(self._segment + 1)
         try:
             fd = os.open(path, _CREATE, 0o600)
         except OSError as exc:
@@ -461,7 +464,7 @@ class Journal:
             sealing,
             self._fd,
             records.position_of(self._segment, self._size),
-            self.run_path,
+            self._state.path,
             self._fail,
         )
         return self._syncing
@@ -523,17 +526,17 @@ class Journal:
                 self._keep_table()
 
     def _keep_table(self) -> None:
-        sealed = (segment_path(self.run_path, n) for n in range(1, self._segment))
+        sealed = (self._state.segment(n) for n in range(1, self._segment))
         sizes = [*(path.stat().st_size for path in sealed), self._durable & records.LAST_OFFSET]
         covered = Covered(
             run_id=self.header.run_id,
             sizes=sizes,
-            ends=ends_of(self.run_path, sizes),
+            ends=ends_of(self._state, sizes),
             imported=sorted(self.imported),
             on_their_way=self._table.on_their_way,
             slots=len(self._table),
         )
-        write_table(self.run_path, self._table, covered)
+        write_table(self._state, self._table, covered)
 
     # ── beginning anew ───────────────────────────────────────────────────────────────────────────
 
@@ -543,9 +546,8 @@ class Journal:
             self._refuse()
         self.close(remember=False)
         self._buffer, self._pending = bytearray(), []
-        with reporting(self.run_path, "begin a journal"):
-            clear(self.run_path, lambda path: path.unlink())
-            sync_directory(self.run_path)
+        with reporting(self._state.path, "begin a journal"):
+            self._state.clear_journal()
             self._begin(header)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from struct import Struct
 from struct import error as StructError
 from typing import BinaryIO
@@ -14,9 +12,9 @@ from zlib import crc32
 
 import msgspec
 
-from batchrun.files import open_regular, opened, sync_directory, write_whole
+from batchrun.files import open_regular, opened, write_whole
 from batchrun.journal import records
-from batchrun.journal.segments import Contents, Header, segment_path
+from batchrun.journal.segments import Contents, Header
 from batchrun.journal.slots import KEPT_BYTES, SlotTable
 from batchrun.journal.state import StateDir
 
@@ -47,45 +45,22 @@ class Covered(msgspec.Struct):
     crc: int = 0
 
 
-def write_table(state: Path, table: SlotTable, covered: Covered) -> None:
+def write_table(state: StateDir, table: SlotTable, covered: Covered) -> None:
     """Keep the table, unless there is hardly room for it. After an OSError nothing is left."""
-    if shutil.disk_usage(state).free < len(table) * KEPT_BYTES * _LEAST_FREE:
+    if shutil.disk_usage(state.path).free < len(table) * KEPT_BYTES * _LEAST_FREE:
         return
     columns = table.columns()
     for column in columns:
         covered.crc = crc32(column, covered.crc)
     head = msgspec.json.encode(covered)
     start = _TABLE_HEAD.pack(_TABLE_MAGIC, len(head), crc32(head)) + head
-    write_whole(StateDir(state).table, _new_table(state), start, *columns)
+    write_whole(state.table, state.unfinished_table, start, *columns)
 
 
-def forget_table(state: Path) -> None:
-    """Take the kept table away; the segments say all that it does."""
-    if _unlink(StateDir(state).table):
-        sync_directory(state)
-
-
-def forget_unfinished_table(state: Path) -> None:
-    """Take away what a process that was killed while writing a table has left."""
-    _unlink(_new_table(state))
-
-
-def _new_table(state: Path) -> Path:
-    return StateDir(state).table.with_suffix(".new")
-
-
-def _unlink(cache: Path) -> bool:
-    """Whether it is gone now. One that cannot be taken away is no reason to end a run."""
-    with contextlib.suppress(OSError):
-        cache.unlink()
-        return True
-    return False
-
-
-def read_table(state: Path, header: Header, segments: int) -> Contents | None:
+def read_table(state: StateDir, header: Header, segments: int) -> Contents | None:
     """What was replayed already, up to the last of its ``sizes``; None when there is nothing."""
     try:
-        with open(open_regular(StateDir(state).table, os.O_RDONLY), "rb") as file:
+        with open(open_regular(state.table, os.O_RDONLY), "rb") as file:
             covered = _read_covered(file)
             if covered is None or covered.run_id != header.run_id:
                 return None
@@ -127,10 +102,10 @@ def _read_covered(file: BinaryIO) -> Covered | None:
     return covered if all(slot in known for slot in covered.on_their_way) else None
 
 
-def _are_there(state: Path, covered: Covered) -> bool:
+def _are_there(state: StateDir, covered: Covered) -> bool:
     """Whether the segments have these sizes, the last at least what is said of it, and end so."""
     sizes = covered.sizes
-    found = [segment_path(state, n).stat().st_size for n, _ in enumerate(sizes, 1)]
+    found = [state.segment(n).stat().st_size for n, _ in enumerate(sizes, 1)]
     return (
         bool(sizes)
         and found[:-1] == sizes[:-1]
@@ -139,11 +114,11 @@ def _are_there(state: Path, covered: Covered) -> bool:
     )
 
 
-def ends_of(state: Path, sizes: Sequence[int]) -> int:
+def ends_of(state: StateDir, sizes: Sequence[int]) -> int:
     """A checksum of the last bytes of the segments, were they of these sizes."""
     crc = 0
     for number, size in enumerate(sizes, 1):
         start = max(0, size - _END_BYTES)
-        with opened(segment_path(state, number), os.O_RDONLY) as fd:
+        with opened(state.segment(number), os.O_RDONLY) as fd:
             crc = crc32(os.pread(fd, size - start, start), crc)
     return crc

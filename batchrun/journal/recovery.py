@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -12,7 +11,7 @@ import msgspec
 from batchrun.errors import JournalDamaged, LocalIOError
 from batchrun.files import make_durable, open_regular, opened, sync_directory, write_whole
 from batchrun.journal import records
-from batchrun.journal.kept_table import forget_table, forget_unfinished_table, read_table
+from batchrun.journal.kept_table import read_table
 from batchrun.journal.segments import (
     FORMAT,
     Contents,
@@ -21,23 +20,24 @@ from batchrun.journal.segments import (
     Header,
     Recovery,
     Segment,
-    missing,
-    segment_path,
 )
 from batchrun.journal.state import StateDir
 
 _MOST_FILLER = 1 << 20
 
 
-def replay(state: Path) -> Contents | None:
+_OTHER_VERSION = "use the version of batchrun that began this run"
+
+
+def replay(state: StateDir) -> Contents | None:
     """Read the segments of a directory; None when there are none. Changes no segment."""
-    numbers = StateDir(state).segments()
+    numbers = state.segments()
     if not numbers:
         return None
     for expected, number in enumerate(numbers, 1):
         if number != expected:
-            raise missing(segment_path(state, expected), number)
-    header, start = _read_header(segment_path(state, 1))
+            raise _missing(state, expected, number)
+    header, start = _read_header(state.segment(1))
     contents = read_table(state, header, len(numbers)) or Contents(header, sizes=[start])
     begun = len(contents.sizes)
     start = contents.sizes.pop()
@@ -52,11 +52,11 @@ def replay(state: Path) -> Contents | None:
     contents.table.process_ended()
     for gap in contents.gaps:
         if records.position_of(gap.segment, gap.start) < contents.durable:
-            raise damaged(segment_path(state, gap.segment), gap.start)
+            raise damaged(state.segment(gap.segment), gap.start)
     return contents
 
 
-def repair(state: Path, contents: Contents) -> Recovery:
+def repair(state: StateDir, contents: Contents) -> Recovery:
     """Cut the tail and fill the holes, so that they are found once only."""
     cut_bytes = holes = hole_bytes = 0
     for gap in contents.gaps:
@@ -64,7 +64,7 @@ def repair(state: Path, contents: Contents) -> Recovery:
         ends_its_file = gap.end == contents.sizes[gap.segment - 1]
         # Between two frames at least one was lost, so only at an end is there less than a frame.
         if length < records.FRAME.size and not ends_its_file:
-            raise damaged(segment_path(state, gap.segment), gap.start)
+            raise damaged(state.segment(gap.segment), gap.start)
         is_tail = ends_its_file and gap.segment == len(contents.sizes)
         cut = is_tail or length < records.FRAME.size
         _close_gap(state, gap, records.salt_of(contents.header.run_id, gap.segment), cut=cut)
@@ -77,8 +77,8 @@ def repair(state: Path, contents: Contents) -> Recovery:
     return Recovery(cut_bytes, holes, hole_bytes)
 
 
-def _close_gap(state: Path, gap: Gap, salt: int, *, cut: bool) -> None:
-    with opened(segment_path(state, gap.segment)) as fd:
+def _close_gap(state: StateDir, gap: Gap, salt: int, *, cut: bool) -> None:
+    with opened(state.segment(gap.segment)) as fd:
         if cut:
             os.ftruncate(fd, gap.start)
         else:
@@ -97,24 +97,23 @@ def _fill(fd: int, start: int, end: int, salt: int) -> None:
         start += length
 
 
-def clear(state: Path, dispose: Callable[[Path], object]) -> None:
-    """Take all segments away, the last first: a kill leaves a shorter journal, and a whole one."""
-    forget_table(state)
-    forget_unfinished_table(state)
-    for number in reversed(StateDir(state).segments()):
-        segment = segment_path(state, number)
-        if (index := segment.with_suffix(".idx")).exists():
-            dispose(index)
-        dispose(segment)
-
-
-def create_first_segment(state: Path, header: Header) -> None:
+def create_first_segment(state: StateDir, header: Header) -> None:
     """The first segment has its header from the moment it has its name."""
-    path = segment_path(state, 1)
+    path = state.segment(1)
     frame = records.frame_of(records.HEADER, msgspec.json.encode(header), 0)
     write_whole(path, path.with_suffix(".new"), frame, durable=True)
-    sync_directory(state)
-    sync_directory(state.parent)
+    sync_directory(state.path)
+    sync_directory(state.path.parent)
+
+
+def check_version(state: StateDir, held: Header, wanted: Header) -> None:
+    """LocalIOError where requests are told apart in another way: none would find its answer."""
+    if held.hash_version != wanted.hash_version:
+        raise LocalIOError(
+            f"{state.segment(1)}: its requests are hashed as of version {held.hash_version}; this"
+            f" batchrun hashes them as of version {wanted.hash_version}",
+            next_steps=(_OTHER_VERSION,),
+        )
 
 
 def _read_header(path: Path) -> tuple[Header, int]:
@@ -140,8 +139,17 @@ def _read_header(path: Path) -> tuple[Header, int]:
     else:
         raise LocalIOError(
             f"{path}: journal format {found}; this batchrun reads format {FORMAT}",
-            next_steps=("use the version of batchrun that began this run",),
+            next_steps=(_OTHER_VERSION,),
         )
+
+
+def _missing(state: StateDir, number: int, next_found: int) -> JournalDamaged:
+    path = state.segment(number)
+    return JournalDamaged(
+        f"{path}: is missing, while {state.segment(next_found).name} is there",
+        offset=0,
+        next_steps=_restore(path),
+    )
 
 
 def misplaced(path: Path, offset: int) -> JournalDamaged:
@@ -159,8 +167,12 @@ def damaged(path: Path, offset: int) -> JournalDamaged:
     return JournalDamaged(
         f"{path}: damaged at byte {offset:,}: a record that was safely on disk is not whole",
         offset=offset,
-        next_steps=(
-            "restore this file from a backup, then run the same command",
-            f"or move {path.parent} away to begin anew: its answers would be asked for again",
-        ),
+        next_steps=_restore(path),
+    )
+
+
+def _restore(path: Path) -> tuple[str, str]:
+    return (
+        "restore this file from a backup, then run the same command",
+        f"or move {path.parent} away to begin anew: its answers would be asked for again",
     )

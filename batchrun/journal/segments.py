@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from batchrun.errors import JournalDamaged
 from batchrun.files import open_regular
 from batchrun.journal import records
 from batchrun.journal.slots import SlotTable
@@ -101,11 +99,11 @@ class Contents:
 class Segment:
     """One segment being read from its first frame to its last."""
 
-    def __init__(self, state: Path, number: int, run_id: str, start: int) -> None:
+    def __init__(self, state: StateDir, number: int, run_id: str, start: int) -> None:
         self.number = number
         self.start = start
-        self.path = segment_path(state, number)
-        self.fd = open_regular(self.path, os.O_RDONLY)
+        path = state.segment(number)
+        self.fd = open_regular(path, os.O_RDONLY)
         self.size = os.fstat(self.fd).st_size
         self.salt = records.salt_of(run_id, number)
         self.gaps: list[Gap] = []
@@ -172,18 +170,3 @@ class Segment:
             at = self.size
         self.gaps.append(Gap(self.number, start, at))
         return at
-
-
-def segment_path(state: Path, number: int) -> Path:
-    return StateDir(state).segment(number)
-
-
-def missing(path: Path, next_found: int) -> JournalDamaged:
-    return JournalDamaged(
-        f"{path}: is missing, while {segment_path(path.parent, next_found).name} is there",
-        offset=0,
-        next_steps=(
-            "restore this file from a backup, then run the same command",
-            f"or move {path.parent} away to begin anew: its answers would be asked for again",
-        ),
-    )

@@ -100,6 +100,11 @@ class StateDir:
         """The input kept here, of whichever kind it is."""
         return self.table_spool if self.table_spool.is_file() else self.rows_spool
 
+    @property
+    def unfinished_table(self) -> Path:
+        """What a process that is killed while it writes the table leaves."""
+        return self.path / "journal-table.new"
+
     def segment(self, number: int) -> Path:
         return self.path / f"journal-{number:06d}.seg"
 
@@ -193,6 +198,20 @@ class StateDir:
                 _remove(fd, lambda name: _OF_A_JOURNAL.fullmatch(name) is not None)
                 _remove(fd, _VOID.__eq__)
 
+    def clear_journal(self) -> None:
+        """Take all records away, the last segment first: a kill leaves a shorter journal, whole."""
+        with self._opened() as fd:
+            _remove(fd, lambda name: _OF_A_JOURNAL.fullmatch(name) is not None)
+        sync_directory(self.path)
+
+    def forget_table(self) -> None:
+        """Take the kept table away; the segments say all that it does."""
+        if _unlink(self.table):
+            sync_directory(self.path)
+
+    def forget_unfinished_table(self) -> None:
+        _unlink(self.unfinished_table)
+
     def _void(self, fd: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.rename(_FIRST, _VOID, src_dir_fd=fd, dst_dir_fd=fd)
@@ -213,6 +232,14 @@ def _remove(fd: int, is_meant: Callable[[str], bool]) -> None:
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISREG(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
                 os.unlink(name, dir_fd=fd)
+
+
+def _unlink(cache: Path) -> bool:
+    """Whether it is gone now. One that cannot be taken away is no reason to end a run."""
+    with contextlib.suppress(OSError):
+        cache.unlink()
+        return True
+    return False
 
 
 def locate(wanted: Path, output: str) -> StateDir:

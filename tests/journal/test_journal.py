@@ -33,6 +33,7 @@ from batchrun.journal.records import LAST_OFFSET, salt_of
 from batchrun.journal.recovery import create_first_segment
 from batchrun.journal.segments import Header, Recovery, Segment
 from batchrun.journal.slots import Held
+from batchrun.journal.state import StateDir
 from batchrun.types import Outcome, OutcomeKind, Usage
 
 if TYPE_CHECKING:
@@ -1100,11 +1101,21 @@ def test_a_symbolic_link_is_not_written_through(state: Path, tmp_path: Path) -> 
 
 def test_a_newer_format_is_refused_with_advice(state: Path) -> None:
     state.mkdir()
-    create_first_segment(state, replace(HEADER, format=2))
+    create_first_segment(StateDir(state), replace(HEADER, format=2))
     with pytest.raises(LocalIOError, match="format 2") as caught:
         Journal.open(state, HEADER)
     assert not isinstance(caught.value, JournalDamaged)
     assert caught.value.next_steps
+
+
+def test_a_journal_of_other_hashes_is_refused_and_left_as_it_is(state: Path) -> None:
+    with opened(state) as journal:
+        live(journal, 0)
+    before = (state / "journal-000001.seg").read_bytes()
+    with pytest.raises(LocalIOError, match="hashed as of version 1") as caught:
+        Journal.open(state, replace(HEADER, hash_version=2))
+    assert "use the version of batchrun" in caught.value.next_steps[0]
+    assert (state / "journal-000001.seg").read_bytes() == before
 
 
 # ── beginning anew ───────────────────────────────────────────────────────────────────────────────
