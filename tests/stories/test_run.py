@@ -680,17 +680,22 @@ def broken_inputs() -> dict[str, tuple[Callable[[], object], int, str]]:
 
 
 @pytest.mark.parametrize(
-    "content", ["id,prompt\n1,Why?\n", '[{"prompt": "Why?"}]', "{'prompt': 1}\n"]
+    ("content", "advice"),
+    [
+        ("id,prompt\n1,Why?\n", "mv in.jsonl in.csv"),
+        ('[{"prompt": "Why?"}]', "> in.converted.jsonl"),
+        ("{'prompt': 1}\n", "> in.converted.jsonl"),
+    ],
 )
 def test_a_file_that_is_no_json_lines_is_refused_and_nothing_is_published(
-    content: str, mock: StartMock, submit: Submit
+    content: str, advice: str, mock: StartMock, submit: Submit
 ) -> None:
     Path("in.jsonl").write_text(content)
     server = mock()
     ended = submit("in.jsonl", *to(server))
     assert ended.code == 2
     assert "in.jsonl is not JSON lines: it looks like" in ended.err
-    assert "> in.converted.jsonl" in ended.err
+    assert advice in ended.err
     assert "--allow-failures" not in ended.err
     assert server.ledger.requests == 0
     assert [path.name for path in Path().iterdir()] == ["in.jsonl"]
