@@ -9,9 +9,12 @@ from batchrun.types import Bound, UnusedCounts
 
 
 class RowCounts(Struct):
+    """Rows by state, of a run or of an output: the summary, the footer and the tally count so."""
+
     total: int | None = None  # null when the input was not read to its end
     ok: int = 0
     error: int = 0
+    passing: int = 0  # of the failed: those that every rerun tries again
     pending: int = 0
     reused: int = 0
     truncated: int = 0

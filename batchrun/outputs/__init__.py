@@ -2,7 +2,7 @@
 
 from batchrun.outputs.aside import ASIDE_SCHEMA, Mark, aside_slice, read_marks, read_wanted
 from batchrun.outputs.columns import NAMES
-from batchrun.outputs.footer import Aside, Footer, FooterRows, Schema
+from batchrun.outputs.footer import Aside, Footer, Schema
 from batchrun.outputs.publish import publish
 from batchrun.outputs.read_back import (
     partial_of,
@@ -22,7 +22,6 @@ __all__ = [
     "Aside",
     "Causes",
     "Footer",
-    "FooterRows",
     "InvalidRow",
     "Mark",
     "OutputTally",

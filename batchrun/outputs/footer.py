@@ -10,24 +10,12 @@ import pyarrow as pa
 from msgspec import Struct
 
 from batchrun.outputs.rows import clean
-from batchrun.summary import ErrorCount, TokenCounts
+from batchrun.summary import ErrorCount, RowCounts, TokenCounts
 
 FOOTER_KEY = b"batchrun"
 
 
 Schema: TypeAlias = pa.Schema  # for those who pass one on without a need for pyarrow
-
-
-class FooterRows(Struct, frozen=True):
-    """How many rows of the file are what; ``passing`` of the errors are tried by every rerun."""
-
-    ok: int = 0
-    error: int = 0
-    passing: int = 0
-    truncated: int = 0
-    filtered: int = 0
-    empty: int = 0
-    duplicate: int = 0
 
 
 class Aside(Struct, frozen=True):
@@ -57,7 +45,7 @@ class Footer(Struct, frozen=True, kw_only=True):
     hosts: list[str] = []
     started_at: str = ""
     finished_at: str = ""
-    rows: FooterRows = FooterRows()
+    rows: RowCounts = msgspec.field(default_factory=lambda: RowCounts(total=0))
     tokens: TokenCounts = msgspec.field(default_factory=TokenCounts)
     errors: list[ErrorCount] = []
     request_models: list[str] = []
@@ -73,6 +61,9 @@ def footer_json(footer: Footer) -> bytes:
 
 def footer(text: bytes) -> Footer | None:
     try:
-        return msgspec.json.decode(text, type=Footer)
+        found = msgspec.json.decode(text, type=Footer)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
+    if found.rows.total is None:  # version 0.1 did not say it
+        found.rows.total = found.rows.ok + found.rows.error
+    return found

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from batchrun.chat import CHAT, Api
 from batchrun.config import OutputFormat
-from batchrun.outputs.footer import Footer, FooterRows
+from batchrun.outputs.footer import Footer
 from batchrun.outputs.jsonl import JsonlWriter
 from batchrun.outputs.parquet import ParquetWriter
 from batchrun.outputs.rows import Rows, Slice, pieces, told
@@ -87,18 +87,9 @@ def _write(
 
 
 def _filled_in(footer: Footer, tally: OutputTally) -> Footer:
-    rows = tally.rows
     return msgspec.structs.replace(
         footer,
-        rows=FooterRows(
-            ok=rows.ok,
-            error=rows.error,
-            passing=tally.passing,
-            truncated=rows.truncated,
-            filtered=rows.filtered,
-            empty=rows.empty,
-            duplicate=rows.duplicate,
-        ),
+        rows=tally.rows,
         tokens=tally.tokens,
         errors=tally.errors[:MAX_FOOTER_ERRORS],
         request_models=tally.request_models,

@@ -124,29 +124,10 @@ class Causes:
 class OutputTally:
     """What an output holds: every row of it is told once, by ``add`` or ``add_ok``."""
 
-    __slots__ = (
-        "_causes",
-        "_models",
-        "_tokens",
-        "duplicate",
-        "empty",
-        "error",
-        "filtered",
-        "ok",
-        "passing",
-        "pending",
-        "truncated",
-    )
+    __slots__ = ("_causes", "_models", "_tokens", "rows")
 
     def __init__(self) -> None:
-        self.ok = 0
-        self.error = 0
-        self.pending = 0
-        self.passing = 0  # of the failed: those that every rerun tries again
-        self.duplicate = 0
-        self.truncated = 0
-        self.filtered = 0
-        self.empty = 0
+        self.rows = RowCounts(total=0)  # ``reused`` is not an output's to know
         self._tokens = TokenSums()
         self._causes = Causes()
         self._models: dict[str, None] = {}
@@ -162,19 +143,20 @@ class OutputTally:
         invalid_code: str = "",
     ) -> None:
         """Count one row: an outcome with its answer, or why it is invalid, or neither: pending."""
+        self._count(1)
         if outcome is None:
             self._without_outcome(invalid_code, invalid_reason, custom_id, source)
             return
         self._tokens.add(outcome.usage)
         if outcome.occurrence:
-            self.duplicate += 1
+            self.rows.duplicate += 1
         self.note_models((outcome.model,))
         if outcome.kind != "ok":
             passing = not outcome.final
-            self.passing += passing
+            self.rows.passing += passing
             self._failed(outcome.kind, outcome.code, passing, outcome.message, custom_id, source)
             return
-        self.ok += 1
+        self.rows.ok += 1
         if answer is not None:
             self._judge(answer.finish_reason, answer.response, answer.tool_calls, answer.refusal)
 
@@ -182,15 +164,19 @@ class OutputTally:
         self, models: Iterable[str], occurrences: Sequence[int], tokens: Tokens, answers: Answers
     ) -> None:
         """Count rows that are ok, as ``add`` does one by one."""
-        self.ok += len(occurrences)
+        self._count(len(occurrences))
+        self.rows.ok += len(occurrences)
         self._tokens.add_all(tokens)
-        self.duplicate += len(occurrences) - occurrences.count(0)
+        self.rows.duplicate += len(occurrences) - occurrences.count(0)
         self.note_models(models)
         reasons, responses, refusals = answers.finish_reasons, answers.responses, answers.refusals
         if set(reasons) != {"stop"} or not all(responses) or any(refusals):
             judged = zip(reasons, responses, answers.tool_calls, refusals, strict=True)
             for reason, response, tool_calls, refusal in judged:
                 self._judge(reason, response, tool_calls, refusal)
+
+    def _count(self, rows: int) -> None:
+        self.rows.total = (self.rows.total or 0) + rows
 
     def note_models(self, models: Iterable[str]) -> None:
         """Models asked, in the order in which rows ask them."""
@@ -202,17 +188,17 @@ class OutputTally:
         self, finish_reason: str | None, response: str | None, tool_calls: str | None, refusal: bool
     ) -> None:
         if is_truncated(finish_reason):
-            self.truncated += 1
+            self.rows.truncated += 1
         if is_filtered(finish_reason, refusal):
-            self.filtered += 1
+            self.rows.filtered += 1
         elif not response and tool_calls is None:
-            self.empty += 1
+            self.rows.empty += 1
 
     def _without_outcome(
         self, invalid_code: str, invalid_reason: str | None, custom_id: str, source: str
     ) -> None:
         if invalid_reason is None:
-            self.pending += 1
+            self.rows.pending += 1
             return
         self._tokens.rows_without_usage += 1
         self._failed(INVALID_INPUT, invalid_code, False, invalid_reason, custom_id, source)
@@ -220,24 +206,10 @@ class OutputTally:
     def _failed(
         self, kind: str, code: str, passing: bool, message: str, custom_id: str, source: str
     ) -> None:
-        self.error += 1
+        self.rows.error += 1
         cause = self._causes.add(kind, code, passing)
         if cause.example is None:
             cause.example = ErrorExample(custom_id, source, message)
-
-    @property
-    def rows(self) -> RowCounts:
-        """``reused`` is not an output's to know: the run fills it in."""
-        return RowCounts(
-            total=self.ok + self.error + self.pending,
-            ok=self.ok,
-            error=self.error,
-            pending=self.pending,
-            truncated=self.truncated,
-            filtered=self.filtered,
-            empty=self.empty,
-            duplicate=self.duplicate,
-        )
 
     @property
     def tokens(self) -> TokenCounts:

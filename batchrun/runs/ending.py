@@ -14,7 +14,7 @@ from batchrun.errors import EXIT_OK, EXIT_ROWS_FAILED, BatchrunError
 from batchrun.journal import write_status
 from batchrun.outputs import Footer
 from batchrun.runs.delivery import Sent
-from batchrun.runs.facts import now_utc, row_counts, status_of, utc
+from batchrun.runs.facts import now_utc, status_of, utc
 from batchrun.runs.opening import Begun, Opened
 from batchrun.runs.plan import Plan
 from batchrun.runs.publishing import Published
@@ -112,7 +112,7 @@ def _summary(begun: Begun, phases: Phases) -> RunSummary:
 
 def _of_output(summary: RunSummary, begun: Begun, footer: Footer, reused: int) -> RunSummary:
     """With what is told of an output that is whole, whoever wrote it."""
-    rows, allowed = row_counts(footer.rows, reused), begun.config.allow_failures
+    rows, allowed = replace(footer.rows, reused=reused), begun.config.allow_failures
     too_many = not allowed.covers(rows.error, rows.total or 0)
     return replace(
         summary,

@@ -9,12 +9,10 @@ from datetime import UTC, datetime
 
 from batchrun.console import FileFacts, StartFacts
 from batchrun.journal import Status
-from batchrun.outputs import FooterRows
 from batchrun.runs.asking import model_of
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import Plan
 from batchrun.runs.sources import Source
-from batchrun.summary import RowCounts
 
 
 def file_facts(source: Source, rows: int) -> FileFacts:
@@ -79,20 +77,6 @@ def status_of(begun: Begun, total: int, ok: int, failed: int) -> Status:
         ok=ok,
         failed=failed,
         pending=total - ok - failed,
-    )
-
-
-def row_counts(rows: FooterRows, reused: int = 0) -> RowCounts:
-    """The rows of an output, which has none that are pending."""
-    return RowCounts(
-        total=rows.ok + rows.error,
-        ok=rows.ok,
-        error=rows.error,
-        reused=reused,
-        truncated=rows.truncated,
-        filtered=rows.filtered,
-        empty=rows.empty,
-        duplicate=rows.duplicate,
     )
 
 

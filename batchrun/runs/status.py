@@ -11,7 +11,6 @@ from batchrun.console import StatusFacts
 from batchrun.errors import UsageError
 from batchrun.journal import Held, Holder, Journal, StateDir, holder, read_saved, read_status
 from batchrun.outputs import Footer
-from batchrun.runs.facts import row_counts
 from batchrun.runs.place import state_of
 from batchrun.runs.unused import Unused
 from batchrun.summary import RowCounts
@@ -30,7 +29,7 @@ def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     return StatusFacts(
         state="finished",
         output=output,
-        rows=row_counts(footer.rows),
+        rows=footer.rows,
         finished_at_ms=_unix_ms(footer.finished_at),
         models=tuple(footer.request_models),
         endpoint_hosts=tuple(footer.hosts),

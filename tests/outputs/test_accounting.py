@@ -51,7 +51,7 @@ def test_every_row_of_an_output_is_ok_failed_or_pending() -> None:
     )
     rows = tally.rows
     assert (rows.total, rows.ok, rows.error, rows.pending) == (5, 1, 3, 1)
-    assert tally.passing == 1
+    assert tally.rows.passing == 1
 
 
 def test_tokens_that_nobody_reported_stay_unknown() -> None:
