@@ -50,6 +50,7 @@ class Footer(Struct, frozen=True, kw_only=True):
     errors: list[ErrorCount] = []
     request_models: list[str] = []
     aside: Aside | None = None
+    collected_from: str = ""  # by ``collect``: the output, seen from this file's directory
 
 
 def footer_json(footer: Footer) -> bytes:

@@ -8,6 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
 
+from msgspec.structs import replace
+
 from batchrun import inputs, outputs, process
 from batchrun.config import STDIN, STDOUT, VERSION, OutputFormat
 from batchrun.console import CollectFacts
@@ -51,7 +53,7 @@ def _collected(
     files = inputs.resolve(config.inputs, config.input_format, spool=spool, output=Path(output))
     sources = lay_out(files.files, prompt_settings(config), config)
     planned = make_plan(sources, config, book, never_stop)
-    place = _target_of(target, output, [each.path for each in files.files])
+    place = _target_of(target, output, book.header.run_id, [each.path for each in files.files])
     tally = OutputTally()
     footer = Footer(
         batchrun_version=VERSION,
@@ -63,6 +65,7 @@ def _collected(
         publishing=config.publishing_settings(),
         hosts=saved.hosts,
         finished_at=now_utc(),
+        collected_from=_origin(output, target),
     )
     outputs.publish(
         place,
@@ -91,7 +94,8 @@ def _converted(output: str, target: str) -> CollectFacts:
     footer = footer_of(output)
     if footer is None:
         raise UsageError(f"{output}: no run and no output of batchrun there")
-    place = _target_of(target, output, map(Path, footer.inputs))
+    place = _target_of(target, output, footer.run_id, map(Path, footer.inputs))
+    footer = replace(footer, collected_from=_origin(output, target))
     tally = OutputTally()
     schema, slices = _published_slices(Path(output))
     outputs.publish(
@@ -131,8 +135,18 @@ def _published_slices(output: Path) -> tuple[Schema, Iterator[Slice]]:
     return carried.schema, slices
 
 
-def _target_of(target: str, output: str, inputs: Iterable[Path]) -> Target | BinaryIO:
-    """Where to write. UsageError when it is the output, an input, or not batchrun's to replace."""
+def _origin(output: str, target: str) -> str:
+    """How a file at ``target`` names the output it was collected from, also after both moved."""
+    if target == STDOUT:
+        return ""
+    return os.path.relpath(os.path.realpath(output), os.path.dirname(os.path.realpath(target)))
+
+
+def _target_of(target: str, output: str, run_id: str, inputs: Iterable[Path]) -> Target | BinaryIO:
+    """Where to write. UsageError when it is the output, an input, or not ours to replace.
+
+    Ours is what was collected of this output before, and what its very run wrote.
+    """
     if target == STDOUT:
         return process.stdout()
     path = Path(target)
@@ -145,8 +159,13 @@ def _target_of(target: str, output: str, inputs: Iterable[Path]) -> Target | Bin
     if place.found is not None:
         if any(each.exists() and each.samefile(path) for each in inputs):
             raise UsageError(f"-o {target}: that is an input of this run; name another file")
-        if outputs.recognise(path) is None:
+        there = outputs.recognise(path)
+        if there is None:
             raise UsageError(f"-o {target}: exists and was not written by batchrun; name another")
+        of_this = there.run_id == run_id or there.collected_from == _origin(output, target)
+        older = not there.complete and path == outputs.partial_of(Path(output))
+        if not (of_this or older):
+            raise UsageError(f"-o {target}: holds the answers of another output; name another file")
     return place
 
 

@@ -218,6 +218,27 @@ def test_collect_refuses_to_write_over_the_output(batchrun: Command) -> None:
     assert "name another file" in ended.err
 
 
+def test_collect_replaces_what_it_wrote_of_this_output_and_no_other(batchrun: Command) -> None:
+    write_rows(2)
+    Path("other.jsonl").write_text('{"prompt": "a"}\n')
+    for name in ("in.jsonl", "other.jsonl"):
+        assert batchrun("submit", name, "--mock").code == 0
+    other = Path("other.mock.parquet")
+    whole = other.read_bytes()
+    ended = batchrun("collect", "in.mock.parquet", "-o", str(other))
+    assert ended.code == 2
+    assert "another output" in ended.err
+    assert other.read_bytes() == whole
+    # Its own copy follows the output, over runs.
+    assert batchrun("collect", "in.mock.parquet", "-o", "copy.jsonl").code == 0
+    assert batchrun("collect", "in.mock.parquet", "-o", "copy.jsonl").code == 0
+    write_rows(3)
+    assert batchrun("submit", "in.jsonl", "--mock").code == 0
+    assert batchrun("collect", "in.mock.parquet", "-o", "copy.jsonl").code == 0
+    assert len(Path("copy.jsonl").read_text().splitlines()) == 3
+    assert batchrun("collect", str(other), "-o", "copy.jsonl").code == 2
+
+
 def test_models_lists_what_the_endpoint_offers(batchrun: Command, mock: StartMock) -> None:
     server = mock(Knobs(models=("small", "large")))
     ended = batchrun("models", "--base-url", server.url)
