@@ -20,9 +20,6 @@ DecisionKind = Literal[
 ]
 
 
-Scope = Literal["row", "model", "run"]
-
-
 Bound = Literal["endpoint", "quota", "input", "loop"]
 
 
@@ -78,7 +75,7 @@ class Request(Struct, frozen=True, gc=False):
 
     row: int  # 0-based position over all inputs
     body: bytes
-    hash: bytes  # 16 bytes, see prompts.request_hash
+    hash: bytes  # 16 bytes, see chat.identity.request_hash
     occurrence: int  # which of the equal requests, from 0
     slot: int  # where the journal keeps this answer
     model: str  # the body's model; "" when it names none
@@ -87,7 +84,7 @@ class Request(Struct, frozen=True, gc=False):
 
 
 class ErrorBody(Struct, frozen=True, gc=False):
-    """An endpoint's error, whatever its dialect (endpoints.md §4.2)."""
+    """An endpoint's error, whatever its dialect; ``chat.error_body`` reads them."""
 
     code: str = ""
     type: str = ""
@@ -133,7 +130,6 @@ class Decision(Struct, frozen=True, gc=False):
     code: str = ""  # the endpoint's code, else ours, else the status
     reason: str = ""  # one line for a person
     wait_s: float | None = None  # what the endpoint named; None when it named nothing
-    scope: Scope = "row"
     in_doubt: bool = False  # sent, no usable answer, perhaps billed
     pushback: Pushback = "none"
     unreachable: bool = False  # nothing reached the endpoint: no row's fault
@@ -178,7 +174,7 @@ class Outcome(Struct, frozen=True, gc=False):
 
 
 class Answer(Struct, frozen=True, gc=False):
-    """The answer columns that one completion's JSON fills (contract §4)."""
+    """The answer columns that one completion's JSON fills: of choice 0, and of the usage."""
 
     response: str | None = None
     finish_reason: str | None = None
@@ -187,7 +183,6 @@ class Answer(Struct, frozen=True, gc=False):
     reasoning: str | None = None
     tool_calls: str | None = None
     refusal: bool = False
-    surrogates: int = 0  # lone surrogates replaced by U+FFFD
 
 
 class Answers(NamedTuple):
@@ -212,7 +207,7 @@ class Tokens(NamedTuple):
 
 
 class Result(Struct, frozen=True):
-    """One finished row for the Python API; the fields are the output columns of contract §4."""
+    """One finished row for the Python API; the fields are the output's columns."""
 
     custom_id: str
     status: Literal["ok", "error"]

@@ -17,6 +17,7 @@ from batchrun.chat.reply import (
 )
 from batchrun.chat.shape import CUSTOM_ID, Built, Identity, Invalid, Layout, PromptSettings
 from batchrun.chat.stream import Assembler
+from batchrun.chat.text import is_utf8
 
 __all__ = [
     "CHAT",
@@ -36,6 +37,7 @@ __all__ = [
     "encode",
     "format_hash",
     "format_hashes",
+    "is_utf8",
     "json_text",
     "parse_hash",
     "request_id",

@@ -21,7 +21,7 @@ class Details(Struct, gc=False):
 
 
 class UsageFields(Struct, gc=False):
-    """The spellings of endpoints.md §1.4."""
+    """Every spelling there is: OpenAI's, and Mistral's and DeepSeek's of cached tokens."""
 
     prompt_tokens: _Count = None
     completion_tokens: _Count = None

@@ -84,7 +84,7 @@ def _first_detail(error: dict[str, Any]) -> dict[str, Any]:
 
 def _maybe_json(text: str) -> Any:
     try:
-        return loads(text)[0]
+        return loads(text)
     except (ValueError, RecursionError):
         return None
 

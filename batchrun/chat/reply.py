@@ -44,7 +44,7 @@ _BEGINS_LATE = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*[{\[]")
 
 
 def parse(body: bytes) -> Reply:
-    """Say what a reply holds, enough to decide on it; ``error`` as in endpoints.md §4.2.
+    """Say what a reply holds, enough to decide on it; ``error`` in every dialect.
 
     Of a body that is no JSON, ``error`` carries the first words, without markup.
     """
@@ -127,7 +127,7 @@ def _without_usage(body: bytes) -> Answer:
 
 def body_text(body: bytes) -> str:
     """The endpoint's bytes as text any UTF-8 column can hold; what cannot be held is U+FFFD."""
-    return utf8_text(body)[0]
+    return utf8_text(body)
 
 
 def body_json(body: bytes) -> bytes | None:

@@ -20,7 +20,7 @@ Body: TypeAlias = dict[str, JSONValue]
 CUSTOM_ID: Final = "custom_id"
 
 
-# The request fields a `messages` row may carry (contract §2); every other column is only carried.
+# The request fields a `messages` row may carry; every other column is only carried.
 REQUEST_FIELDS: Final = frozenset(
     {
         "model",

@@ -2,8 +2,8 @@
 
 A stream says the same as a plain reply, piece by piece: ``Assembler`` puts the pieces together so
 that nothing behind it needs to know that an answer was streamed. Servers differ in where they put
-the usage, in how they say that a generation failed, and in how they end; endpoints.md §3 lists
-them. Two rules decide whether the result may count as an answer:
+the usage, in how they say that a generation failed, and in how they end. Two rules decide whether
+the result may count as an answer:
 
 * ``[DONE]`` proves nothing: it also follows errors. A choice is finished by its finish_reason.
 * An event that cannot be read is a hole in the answer, even when a finish follows.
@@ -22,6 +22,7 @@ import msgspec
 
 from batchrun.chat.choice import Choice
 from batchrun.chat.growing import Budget, Members, Object, encode_loosely, is_object, objects
+from batchrun.chat.text import is_utf8
 from batchrun.config import JSONValue
 from batchrun.types import Failure
 
@@ -168,7 +169,7 @@ class Assembler:
             self._error = {"message": data.decode("utf-8", "replace")}
         elif self._saw_done:
             return
-        elif _is_utf8(data):
+        elif is_utf8(data):
             self._is_unreadable = True
         else:
             self._is_not_utf8 = True
@@ -263,14 +264,6 @@ class _Lines:
             self._is_first = False
             line = line.removeprefix(_BOM)
         return line
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _object(data: bytes) -> Object | None:

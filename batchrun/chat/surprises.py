@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 from msgspec import Raw
 
 from batchrun.chat.completion import (
@@ -26,9 +25,10 @@ from batchrun.types import NO_USAGE, Answer, Reply, Usage
 
 
 def parse_surprise(body: bytes) -> Reply:
-    text, _ = utf8_text(body)
+    """As ``parse``, of a body that is no usual completion."""
+    text = utf8_text(body)
     try:
-        value, _ = loads(text)
+        value = loads(text)
         completion = _coerced(value)
         error = error_body(value, has_choices=completion is not None)
     except (ValueError, RecursionError):
@@ -39,17 +39,15 @@ def parse_surprise(body: bytes) -> Reply:
 
 
 def answer_surprise(body: bytes) -> Answer:
-    text, replaced = utf8_text(body)
+    """As ``answer``, of a body that is no usual completion."""
     try:
-        value, more = loads(text)
+        value = loads(utf8_text(body))
         completion = _coerced(value)
     except (ValueError, RecursionError):
         return Answer()
     if completion is None:
         return Answer(response_model=_model(value), usage=_usage_of(value))
-    return msgspec.structs.replace(
-        answer_of(completion, usage_in(completion)), surrogates=replaced + more
-    )
+    return answer_of(completion, usage_in(completion))
 
 
 def _coerced(value: Any) -> Completion | None:

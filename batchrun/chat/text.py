@@ -21,23 +21,33 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MARKUP = re.compile(r"<(script|style)\b.*?(?:</\1\s*>|\Z)|<[^<>]*>", re.IGNORECASE | re.DOTALL)
 
 
-def utf8_text(body: bytes) -> tuple[str, int]:
-    """The text without a BOM, and how many lone surrogates became U+FFFD in it."""
+def is_utf8(body: bytes) -> bool:
     try:
-        return body.decode("utf-8-sig"), 0
+        body.decode()
     except UnicodeDecodeError:
-        mended, replaced = _RAW_SURROGATE.subn(b"\xef\xbf\xbd", body)
-        return mended.decode("utf-8-sig", "replace"), replaced
+        return False
+    return True
 
 
-def loads(text: str) -> tuple[Any, int]:
-    """Decode leniently: no number, constant or surrogate is left that JSON or UTF-8 cannot hold."""
+def utf8_text(body: bytes) -> str:
+    """The text without a BOM; lone surrogates, and what else is no UTF-8, are U+FFFD in it."""
+    try:
+        return body.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        mended = _RAW_SURROGATE.sub(b"\xef\xbf\xbd", body)
+        return mended.decode("utf-8-sig", "replace")
+
+
+def loads(text: str) -> Any:
+    """Decode leniently: no number, constant or surrogate is left that JSON or UTF-8 cannot hold.
+
+    ValueError and RecursionError as of ``json.loads``.
+    """
     value = _loads_sloppily(text)
     if not _ESCAPED_SURROGATE.search(text):
-        return value, 0
+        return value
     text = json.dumps(value, ensure_ascii=False)
-    mended = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return _loads_sloppily(mended), mended.count("\ufffd") - text.count("\ufffd")
+    return _loads_sloppily(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
 
 
 def _loads_sloppily(text: str) -> Any:
@@ -59,8 +69,9 @@ def _float(digits: str) -> float | None:
 
 
 def mended(body: bytes) -> bytes | None:
+    """The JSON of ``body`` as strict readers take it; None when it is none."""
     try:
-        return compact(loads(utf8_text(body)[0])[0]).encode()
+        return compact(loads(utf8_text(body))).encode()
     except (ValueError, RecursionError):
         return None
 

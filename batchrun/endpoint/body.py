@@ -31,11 +31,15 @@ class BadEncoding(aiohttp.ClientError):
 
 
 class Silent(aiohttp.ClientError, TimeoutError):
-    """A stream said nothing for STREAM_SILENCE_S."""
+    """A stream said nothing for ``silence_s``."""
+
+    def __init__(self, silence_s: float) -> None:
+        super().__init__()
+        self.silence_s = silence_s
 
 
 async def whole(response: aiohttp.ClientResponse, space: Space) -> bytes:
-    """The decompressed body, or _TooLarge as soon as it is too large."""
+    """The decompressed body, or TooLarge as soon as it is too large."""
     content = response.content
     body = await content.readany()
     encoding = response.headers.get("Content-Encoding")
@@ -116,7 +120,7 @@ async def follow(
 async def _next_piece(
     content: aiohttp.StreamReader, silence_s: float, deadlines: Deadlines
 ) -> bytes:
-    """What comes next of a stream; _Silent when nothing does while this process runs."""
+    """What comes next of a stream; Silent when nothing does while this process runs."""
     while True:
         lost_s = deadlines.lost_s
         try:
@@ -124,7 +128,7 @@ async def _next_piece(
                 return await content.read(STEP_BYTES)
         except TimeoutError:
             if deadlines.lost_s == lost_s:
-                raise Silent from None
+                raise Silent(silence_s) from None
 
 
 async def _feed(

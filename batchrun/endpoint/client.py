@@ -1,8 +1,9 @@
-"""One Request in, one Attempt out, over aiohttp. The only room that knows aiohttp's exceptions.
+"""One Request in, one Attempt out, over aiohttp. No exception of aiohttp's gets out.
 
-Nothing here judges: whatever the network does becomes an Attempt, and ``retry`` says what it means.
-The traps of the library are designed out once, in ``_session``: no redirects, no cookies, no netrc,
-explicit timeouts, our own bounded decompression; ``connections`` and ``deadlines`` do the rest.
+Nothing here judges: whatever the network does becomes an Attempt, and ``sending`` says what it
+means. The traps of the library are designed out once, in ``_new_session``: no redirects, no
+cookies, no netrc, explicit timeouts, our own bounded decompression; ``connections`` and
+``deadlines`` do the rest.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from batchrun import secret
-from batchrun.chat import CHAT, Api
+from batchrun.chat import CHAT, Api, is_utf8
 from batchrun.config import MAX_CONCURRENCY, VERSION
-from batchrun.endpoint.body import Silent, follow, whole
+from batchrun.endpoint.body import follow, whole
 from batchrun.endpoint.connections import TRIP, Connector, Trip
 from batchrun.endpoint.deadlines import Deadlines
-from batchrun.endpoint.failures import MAX_HEADER_BYTES, Unsendable, explain
+from batchrun.endpoint.failures import MAX_HEADER_BYTES, Explained, Unsendable, explain
 from batchrun.endpoint.lean import ChatRequest, Departures, request_head
 from batchrun.endpoint.memory import MAX_BODY_BYTES, Space
 from batchrun.endpoint.proxies import proxy_for
@@ -152,7 +153,7 @@ class ChatEndpoint:
                         response.close()
         except (aiohttp.ClientError, OSError) as exc:
             attempt = self._failed(exc, started_s, response, left=trip.left)
-            is_lost = response is None and _is_loss(exc) and self._connector.lost(trip, exc)
+            is_lost = response is None and self._connector.lost(trip, exc)
             return _Tried(attempt, is_lost and not wants_new)
         except ValueError as exc:
             if response is not None:
@@ -216,7 +217,7 @@ class ChatEndpoint:
             body, failure = stream.body(), stream.problem
         else:
             body = await whole(response, self._space)
-        if failure is None and not body.isascii() and not _is_utf8(body):
+        if failure is None and not body.isascii() and not is_utf8(body):
             failure = "not_utf8"
         reply = self._parsed(body)
         if response.status != 200 or failure or reply is None or reply.error or not reply.choices:
@@ -265,14 +266,9 @@ class ChatEndpoint:
             sent=sent or response is not None,
         )
 
-    def _explained(self, exc: Exception) -> tuple[Failure, str, bool]:
-        """As ``_explain``; what is said of a name or a time is this endpoint's."""
-        failure, detail, sent = explain(exc)
-        if failure == "timeout" and not isinstance(exc, Silent):
-            detail = f"no answer within {self._deadlines.allowed_s:g} s"
-        if failure == "no_host" and self._proxy is not None:
-            failure, detail = "proxy", f"the proxy's name is unknown ({detail})"
-        return failure, detail, sent
+    def _explained(self, exc: Exception) -> Explained:
+        is_proxied = self._proxy is not None
+        return explain(exc, timeout_s=self._deadlines.allowed_s, is_proxied=is_proxied)
 
 
 class _Tried(NamedTuple):
@@ -285,21 +281,6 @@ def _was_for_nobody(attempt: Attempt, trip: Trip) -> bool:
     if attempt.status != 408 or not (trip.was_reused and trip.is_early):
         return False
     return "close" in attempt.headers.get("Connection", "").lower()
-
-
-def _is_loss(exc: Exception) -> bool:
-    """The connection ended under the request, and nothing else went wrong."""
-    if isinstance(exc, aiohttp.ClientConnectorError | TimeoutError):
-        return False
-    return isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
-
-
-def _is_utf8(body: bytes) -> bool:
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 class _Model(msgspec.Struct):

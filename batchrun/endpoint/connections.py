@@ -207,7 +207,7 @@ class Connector(aiohttp.TCPConnector):
         Of a new one that is so when it is reset at once: servers that are full accept, then reset.
         One that had to prove itself was not.
         """
-        if not trip.was_silent:
+        if not trip.was_silent or not _is_loss(exc):
             return False
         if trip.was_reused and trip.is_early:
             self._died_idle()
@@ -240,6 +240,13 @@ class Connector(aiohttp.TCPConnector):
         self._proofs_wanted = PROOFS
         reason = ConnectionResetError(errno.ECONNRESET, "closed as soon as it was made")
         raise aiohttp.ClientConnectorError(req.connection_key, reason)
+
+
+def _is_loss(exc: Exception) -> bool:
+    """The connection ended under the request, and nothing else went wrong."""
+    if isinstance(exc, aiohttp.ClientConnectorError | TimeoutError):
+        return False
+    return isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
 
 
 def _is_reset(exc: Exception) -> bool:

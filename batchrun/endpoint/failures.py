@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import NamedTuple
 
 import aiohttp
 
-from batchrun.endpoint.body import STREAM_SILENCE_S, BadEncoding, Silent
+from batchrun.endpoint.body import BadEncoding, Silent
 from batchrun.endpoint.memory import MAX_BODY_BYTES, TooLarge
 from batchrun.types import Failure
 
@@ -18,18 +19,31 @@ class Unsendable(aiohttp.ClientError):
     """aiohttp would not make a request of it."""
 
 
-def explain(exc: Exception) -> tuple[Failure, str, bool]:
-    """(failure, detail, may a byte have been sent) of whatever aiohttp raised.
+class Explained(NamedTuple):
+    failure: Failure
+    detail: str  # for people; may still hold a secret that the endpoint quoted
+    sent: bool  # a byte may have been sent
+
+
+def explain(exc: Exception, *, timeout_s: float, is_proxied: bool) -> Explained:
+    """What whatever aiohttp raised means; ``timeout_s`` is an attempt's whole time.
 
     Never uses ``repr``: aiohttp's shows request headers, the key among them.
     """
+    failure, detail, sent = _explained(exc, timeout_s)
+    if failure == "no_host" and is_proxied:
+        return Explained("proxy", f"the proxy's name is unknown ({detail})", sent)
+    return Explained(failure, detail, sent)
+
+
+def _explained(exc: Exception, timeout_s: float) -> tuple[Failure, str, bool]:
     match exc:
         case TooLarge():
             return "too_large", f"the reply is larger than {MAX_BODY_BYTES >> 20} MB", True
         case Unsendable():
             return "bad_header", f"the request cannot be sent: {exc}", False
         case Silent():
-            return "timeout", f"the stream said nothing for {STREAM_SILENCE_S:g} s", True
+            return "timeout", f"the stream said nothing for {exc.silence_s:g} s", True
         case BadEncoding():
             return "bad_encoding", "the reply's compression does not decode", True
         case aiohttp.ClientConnectorCertificateError():
@@ -52,7 +66,7 @@ def explain(exc: Exception) -> tuple[Failure, str, bool]:
         case aiohttp.ConnectionTimeoutError():
             return "connect", "no connection within the connect timeout", False
         case TimeoutError():
-            return "timeout", "no answer in time", True
+            return "timeout", f"no answer within {timeout_s:g} s", True
         case aiohttp.ClientPayloadError():
             return "cut", "the reply was cut short", True
         case aiohttp.ClientResponseError():

@@ -10,7 +10,7 @@ from typing import Final
 from msgspec import Struct
 
 from batchrun.sending.waits import LOOK_AT, named_wait, retry_after
-from batchrun.types import Attempt, Decision, ErrorBody, Pushback, Request, Scope
+from batchrun.types import Attempt, Decision, ErrorBody, Pushback, Request
 
 _NO_ERROR: Final = ErrorBody()
 
@@ -216,7 +216,7 @@ def _no_allowance(said: Said) -> Decision:
     reason = f'allows no requests to model "{name}" (429, limit 0 a minute)'
     if said.request.model_from_row:
         return _rejected(said, code="no_allowance", reason=reason)
-    return fatal("no_allowance", reason, scope="model")
+    return fatal("no_allowance", reason)
 
 
 def _larger_than_the_limit(said: Said) -> Decision | None:
@@ -252,7 +252,7 @@ def _unknown_model(said: Said) -> Decision | None:
         return _rejected(said)
     name = one_line(said.request.model, 120)
     reason = f'has no model "{name}" ({said.number})' if name else f"wants a model ({said.number})"
-    return fatal("model_not_found", reason, scope="model")
+    return fatal("model_not_found", reason)
 
 
 def _names_the_model(said: Said) -> bool:
@@ -314,8 +314,8 @@ _RULES: Final[tuple[_Rule, ...]] = (
 )
 
 
-def fatal(code: str, reason: str, *, scope: Scope = "run") -> Decision:
-    return Decision(kind="fatal", code=code, reason=reason, scope=scope)
+def fatal(code: str, reason: str) -> Decision:
+    return Decision(kind="fatal", code=code, reason=reason)
 
 
 def _rate_limit(said: Said, wait_s: float | None, pushback: Pushback) -> Decision:
@@ -324,7 +324,6 @@ def _rate_limit(said: Said, wait_s: float | None, pushback: Pushback) -> Decisio
         code=said.code,
         reason=said.status_line(),
         wait_s=wait_s,
-        scope="model",
         pushback=pushback,
     )
 

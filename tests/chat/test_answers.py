@@ -240,13 +240,13 @@ def unlimited_digits(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_an_escaped_lone_surrogate_becomes_a_replacement_character() -> None:
     body = of_content("ABC").replace(b"ABC", b"a\\ud800b\\uDFFFc \\ud83d\\ude00")
     read = answers_answer(body)
-    assert (read.response, read.surrogates) == ("a\ufffdb\ufffdc \U0001f600", 2)
+    assert read.response == "a\ufffdb\ufffdc \U0001f600"
     assert parse(body).has_content
 
 
 def test_a_raw_lone_surrogate_becomes_a_replacement_character() -> None:
     read = answers_answer(of_content("ABC").replace(b"ABC", b"a\xed\xa0\x80b"))
-    assert (read.response, read.surrogates) == ("a\ufffdb", 1)
+    assert read.response == "a\ufffdb"
 
 
 def test_a_surrogate_in_tool_arguments_becomes_a_replacement_character() -> None:

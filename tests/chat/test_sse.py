@@ -114,7 +114,7 @@ def test_no_bytes_make_it_raise(chunks: list[bytes]) -> None:
     assert assembler.problem in (None, "cut", "not_utf8", "too_large")
 
 
-# Where the usage arrives (endpoints.md §3.2).
+# Where the usage arrives.
 
 USAGE = {"prompt_tokens": 4, "completion_tokens": 9, "total_tokens": 13}
 
@@ -243,7 +243,7 @@ def test_done_tells_while_the_stream_runs() -> None:
     assert assembler.done
 
 
-# Errors inside a stream (endpoints.md §3.4).
+# Errors inside a stream.
 
 
 @pytest.mark.parametrize(

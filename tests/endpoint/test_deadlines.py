@@ -15,7 +15,6 @@ from conftest import WAIT_S, StartMock, StartRun
 from test_endpoint import ask, client, fault, request
 
 from batchrun.endpoint import body as body_room
-from batchrun.endpoint import failures as failures_room
 from batchrun.endpoint.deadlines import HEARTBEAT_S, LATE_S, Deadlines
 from batchrun.mock.replies import MockReply, MockRequest, completion
 
@@ -101,8 +100,7 @@ def test_connecting_has_a_time_of_its_own() -> None:
 
 
 def test_a_silent_stream_says_how_long_it_was_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (body_room, failures_room):
-        monkeypatch.setattr(room, "STREAM_SILENCE_S", 0.1)
+    monkeypatch.setattr(body_room, "STREAM_SILENCE_S", 0.1)
     reply = MockReply(
         parts=[b": hello\n\n", b": hello again\n\n"],
         pause_s=5.0,

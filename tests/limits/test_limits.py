@@ -28,8 +28,8 @@ EPOCH_MS = 1_700_000_000_000
 RTT_S = 0.001
 
 OK = Decision(kind="ok")
-REFUSED = Decision(kind="rate_limit", code="429", scope="model", pushback="rate")
-OVERLOADED = Decision(kind="rate_limit", code="3505", scope="model", pushback="capacity")
+REFUSED = Decision(kind="rate_limit", code="429", pushback="rate")
+OVERLOADED = Decision(kind="rate_limit", code="3505", pushback="capacity")
 REJECTED = Decision(kind="rejected", code="400")
 BROKEN = Decision(kind="transient", code="500", reason="500 Internal Server Error")
 REFUSED_CONNECTION = Decision(
@@ -38,7 +38,7 @@ REFUSED_CONNECTION = Decision(
 
 
 def named_wait(seconds: float) -> Decision:
-    return Decision(kind="rate_limit", code="429", wait_s=seconds, scope="model", pushback="rate")
+    return Decision(kind="rate_limit", code="429", wait_s=seconds, pushback="rate")
 
 
 def request(row: int = 0, *, model: str = MODEL, size_bytes: int = 100) -> Request:
@@ -953,9 +953,7 @@ def test_a_cancelled_request_gives_its_place_back() -> None:
 
 def refusal(status: int, wait_s: float | None) -> Decision:
     if status == 429:
-        return Decision(
-            kind="rate_limit", code="429", wait_s=wait_s, scope="model", pushback="rate"
-        )
+        return Decision(kind="rate_limit", code="429", wait_s=wait_s, pushback="rate")
     return Decision(kind="transient", code=str(status), wait_s=wait_s, pushback="capacity")
 
 

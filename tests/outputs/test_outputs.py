@@ -419,7 +419,7 @@ def test_a_hostile_answer_arrives_and_stays_the_same(
     expected = answer(body)
     assert [o.kind for o in back] == ["ok", "invalid_response"]
     read = answer(back[0].body)
-    assert replace(read, surrogates=0) == replace(expected, surrogates=0)
+    assert read == expected
     if fmt == "parquet":
         assert rows_of(path)[0]["response"] == expected.response
     again = tmp_path / "again"

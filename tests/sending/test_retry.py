@@ -306,7 +306,6 @@ LIMITS = [
         ),
         "fatal",
         code="no_credit",
-        scope="run",
     ),
     case(
         "insufficient_quota as type only",
@@ -333,7 +332,6 @@ LIMITS = [
         ),
         "fatal",
         code="no_allowance",
-        scope="model",
         reason='allows no requests to model "Mistral-chat" (429, limit 0 a minute)',
     ),
     case(
@@ -369,7 +367,6 @@ LIMITS = [
         says(429, error("x", "rate_limit_exceeded", "requests"), {"retry-after": "7"}),
         "rate_limit",
         wait_s=7.0,
-        scope="model",
         pushback="rate",
         in_doubt=False,
         alike="",
@@ -518,7 +515,6 @@ REFUSALS = [
         says(401, {"detail": "Unauthorized"}),
         "fatal",
         code="unauthorized",
-        scope="run",
         reason="refused the key: 401 Unauthorized",
     ),
     case(
@@ -666,7 +662,6 @@ REFUSALS = [
         ),
         "fatal",
         code="no_access",
-        scope="run",
         reason="refuses access: 403 Forbidden: Country, region, or territory not supported",
     ),
     case(
@@ -696,7 +691,7 @@ REFUSALS = [
         code="wrong_url",
         reason="has no chat completions at this URL: 404 Not Found nginx",
     ),
-    case("404 FastAPI", says(404, {"detail": "Not Found"}), "fatal", code="wrong_url", scope="run"),
+    case("404 FastAPI", says(404, {"detail": "Not Found"}), "fatal", code="wrong_url"),
     case(
         "404 OpenAI, URL",
         says(
@@ -876,7 +871,6 @@ ROW_ERRORS = [
         code="invalid_value",
         alike="400|invalid_value|temperature",
         reason="invalid_value: temperature: Expected a number",
-        scope="row",
         in_doubt=False,
     ),
     case(
@@ -1074,7 +1068,6 @@ BROKEN = [
         fails("no_host", "no such host: api.Mistral.com", sent=False),
         "fatal",
         code="no_host",
-        scope="run",
         reason="cannot be found: no such host: api.Mistral.com",
     ),
     case(
@@ -1151,14 +1144,14 @@ def test_what_an_attempt_means(attempt: Attempt, kind: str, expected: Mapping[st
 @pytest.mark.parametrize("attempt", NAMES_THE_MODEL)
 def test_an_unknown_model_is_fatal_when_the_run_names_it(attempt: Attempt) -> None:
     decision = classify(attempt, request())
-    assert (decision.kind, decision.code, decision.scope) == ("fatal", "model_not_found", "model")
+    assert (decision.kind, decision.code) == ("fatal", "model_not_found")
     assert decision.reason == f'has no model "Mistral-chat" ({attempt.status})'
 
 
 @pytest.mark.parametrize("attempt", NAMES_THE_MODEL)
 def test_an_unknown_model_is_the_rows_error_when_the_row_names_it(attempt: Attempt) -> None:
     decision = classify(attempt, request(model_from_row=True))
-    assert (decision.kind, decision.scope, decision.in_doubt) == ("rejected", "row", False)
+    assert (decision.kind, decision.in_doubt) == ("rejected", False)
     assert decision.alike
 
 
