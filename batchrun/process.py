@@ -122,6 +122,21 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+class _NoPandas:
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is left alone", name=name)
+
+
+def without_pandas() -> None:
+    """Spare this process the import of pandas: pyarrow looks for it at the first array it makes.
+
+    For programs of our own only: whoever shares a process with us may want it.
+    """
+    sys.meta_path.insert(0, _NoPandas)
+
+
 def hold_standard_streams() -> None:
     """Put nothing in the place of a closed stdin, stdout or stderr.
 

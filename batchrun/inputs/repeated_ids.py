@@ -21,6 +21,8 @@ class RepeatedIds:
 
     def found(self) -> tuple[int, int, int] | None:
         """How many rows do, and the numbers of two that share one; None when none does."""
+        if self._hashes.count(0) == len(self._hashes):
+            return None
         import pyarrow.compute as pc  # only here, and not for nothing
 
         buffers = [None, pa.py_buffer(self._hashes)]

@@ -74,7 +74,8 @@ import sys
 from batchrun.cli import run_command
 for command in {[[], *[[name] for name in COMMANDS]]!r}:
     assert run_command([*command, "--help"]) == 0
-heavy = {{"aiohttp", "pyarrow", "tenacity", "tqdm"}} & set(sys.modules)
+heavy = {{"aiohttp", "pyarrow", "tenacity", "tqdm"}} | {{"asyncio", "msgspec", "tomllib"}}
+heavy &= set(sys.modules)
 sys.exit(f"imported: {{heavy}}" if heavy else 0)
 """
     done = subprocess.run(
@@ -635,6 +636,25 @@ main()
         check=False,
     )
     assert (done.returncode, done.stderr) == (130, "batchrun: interrupted\n")
+
+
+def test_a_run_leaves_pandas_alone(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x", "id": 1}\n')
+    script = """
+import atexit, sys
+from batchrun.cli import main
+atexit.register(lambda: print("loaded:", sorted({"pandas", "pyarrow.compute"} & set(sys.modules))))
+main(["submit", "in.jsonl", "--mock"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+    )
+    assert done.stdout == "loaded: []\n"
 
 
 def test_version_and_help_are_exit_0() -> None:
