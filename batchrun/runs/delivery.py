@@ -19,7 +19,7 @@ from batchrun.runs.facts import start_facts, status_of
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import Plan
 from batchrun.sending import Delivered, Job, Totals
-from batchrun.summary import ThisRun
+from batchrun.summary import RunSummary, ThisRun
 from batchrun.types import Bound
 from batchrun.words import count, verb
 
@@ -96,6 +96,15 @@ async def send(begun: Begun, opened: Opened, plan: Plan) -> Sent:
         # A bug, and one that must not become a file with rows missing.
         raise RuntimeError(f"{count(lost, 'row')} {verb(lost, 'were')} neither answered nor failed")
     return Sent(delivered, sending_s, notes)
+
+
+def say_stopped(begun: Begun, summary: RunSummary) -> None:
+    """Leave for ``batchrun status`` why this run, whose rows were counted, ended early."""
+    rows = summary.rows
+    if rows.total is not None:
+        status = status_of(begun, rows.total, rows.ok, rows.error)
+        status.state, status.exit_code, status.reason = "stopped", summary.exit_code, summary.reason
+        write_status(begun.state.path, status)
 
 
 def hosts_of(config: RunConfig, opened: Opened) -> list[str]:

@@ -11,10 +11,9 @@ from msgspec.structs import replace
 from batchrun import console
 from batchrun.config import VERSION
 from batchrun.errors import EXIT_OK, EXIT_ROWS_FAILED, BatchrunError
-from batchrun.journal import write_status
 from batchrun.outputs import Footer
 from batchrun.runs.delivery import Sent
-from batchrun.runs.facts import now_utc, status_of, utc
+from batchrun.runs.facts import now_utc, utc
 from batchrun.runs.opening import Begun, Opened
 from batchrun.runs.plan import Plan
 from batchrun.runs.publishing import Published
@@ -35,19 +34,13 @@ class Phases(NamedTuple):
 
 
 def early(cause: BatchrunError, begun: Begun, phases: Phases) -> RunSummary:
-    """The end of a run that published nothing. Its status says so too, for ``batchrun status``."""
+    """The end of a run that published nothing."""
     config, plan, sent = begun.config, phases.plan, phases.sent
     keeps_state = config.state_dir is not None or not config.to_stdout
     steps = list(cause.next_steps)
     if not keeps_state:
         steps = ["--state DIR would keep the answers; now they are gone"]
     delivered = sent.delivered if sent else None
-    rows = RowCounts()
-    if plan is not None:
-        rows = plan.counts.rows(delivered)
-        status = status_of(begun, plan.counts.total, rows.ok, rows.error)
-        status.state, status.exit_code, status.reason = "stopped", cause.exit_code, cause.message
-        write_status(begun.state.path, status)
     return _closed(
         replace(
             _summary(begun, phases),
@@ -56,7 +49,7 @@ def early(cause: BatchrunError, begun: Begun, phases: Phases) -> RunSummary:
             reason=cause.message,
             state_dir=str(begun.state.path) if keeps_state else None,
             request_models=sorted(filter(None, plan.models)) if plan else [],
-            rows=rows,
+            rows=plan.counts.rows(delivered) if plan else RowCounts(),
             errors=delivered.tally.errors if delivered else [],
             next_steps=steps,
         )

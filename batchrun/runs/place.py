@@ -22,14 +22,6 @@ def state_of(output: str, state_dir: Path | None) -> StateDir:
     return locate(state_dir or Path(output + STATE_SUFFIX), output)
 
 
-def _usual_state(config: RunConfig) -> StateDir | None:
-    """Where the state of this output is unless another place is asked for."""
-    if config.to_stdout:
-        return None
-    real = os.path.realpath(config.output)
-    return locate(Path(real + STATE_SUFFIX), real)
-
-
 @contextmanager
 def _state_of_run(config: RunConfig) -> Iterator[StateDir]:
     if config.state_dir is not None or not config.to_stdout:
@@ -50,9 +42,10 @@ async def hold(config: RunConfig, stop: Stop, talk: Progress, stack: ExitStack) 
 
     def take(if_locked: IfLocked = "fail") -> Lock:
         with ExitStack() as holding:
-            usual = _usual_state(config)
-            if usual is not None and not _is_same(usual, state):
-                holding.enter_context(_reserved(usual, if_locked, stop))
+            if not config.to_stdout:
+                usual = state_of(os.path.realpath(config.output), None)
+                if not _is_same(usual, state):
+                    holding.enter_context(_reserved(usual, if_locked, stop))
             held = holding.enter_context(locked(state.path, if_locked, cancelled=stop.requested))
             stack.push(holding.pop_all())
             return held

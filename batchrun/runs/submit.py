@@ -89,4 +89,6 @@ async def _go_on(begun: Begun, found: Found, opened: Opened) -> RunSummary:
     except BatchrunError as cause:
         if plan is None and isinstance(cause, UsageError):
             raise
-        return ending.early(cause, begun, Phases(opened, plan, sent, kept, backup))
+        summary = ending.early(cause, begun, Phases(opened, plan, sent, kept, backup))
+        delivery.say_stopped(begun, summary)
+        return summary
