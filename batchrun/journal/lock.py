@@ -40,8 +40,8 @@ class Holder(msgspec.Struct, frozen=True):
 class Lock:
     """An output's state directory, held by this process until ``release`` or its death."""
 
-    def __init__(self, state: Path, fd: int) -> None:
-        self.state = StateDir(state)
+    def __init__(self, state: StateDir, fd: int) -> None:
+        self.state = state
         self._fd = fd
         me = Holder(os.getpid(), socket.gethostname(), time.time_ns() // 1_000_000)
         with reporting(self.state.lock, "write"):
@@ -70,7 +70,7 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(
-    state: Path,
+    state: StateDir,
     if_locked: IfLocked = "fail",
     *,
     poll_s: float = 1.0,
@@ -82,7 +82,7 @@ def locked(
     Locked when another process has it; what ``skip`` means is the caller's to say.
     """
     wake = cancelled or threading.Event()
-    with reporting(state, "lock"):
+    with reporting(state.path, "lock"):
         while (fd := _try_lock(state)) is None:
             if if_locked != "wait" or wake.wait(poll_s):
                 raise _locked(state)
@@ -93,11 +93,11 @@ def locked(
         held.release()
 
 
-def holder(state: Path) -> Holder | None:
+def holder(state: StateDir) -> Holder | None:
     """Who holds this state directory now; None when nobody does. Disturbs no one."""
-    with reporting(state, "read"):
+    with reporting(state.path, "read"):
         try:
-            fd = open_regular(StateDir(state).lock, os.O_RDONLY)
+            fd = open_regular(state.lock, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
@@ -106,20 +106,19 @@ def holder(state: Path) -> Holder | None:
             os.close(fd)
 
 
-def _try_lock(state: Path) -> int | None:
+def _try_lock(state: StateDir) -> int | None:
     """The lock file, open and locked; None when another run holds it."""
-    directory = StateDir(state)
     made = False
     for _ in range(_ATTEMPTS):
-        made = directory.make() or made
+        made = state.make() or made
         try:
-            fd = open_regular(directory.lock, os.O_RDWR | os.O_CREAT)
+            fd = open_regular(state.lock, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             continue  # its holder finished and removed the directory just now
         if _flock(fd, fcntl.LOCK_EX):
-            if _is_still(fd, directory.lock):
+            if _is_still(fd, state.lock):
                 try:
-                    directory.mark(made=made)
+                    state.mark(made=made)
                 except BaseException:
                     os.close(fd)
                     raise
@@ -155,8 +154,8 @@ def _holder_named_in(fd: int) -> Holder | None:
         return None
 
 
-def _locked(state: Path) -> Locked:
-    name = state.name.removesuffix(STATE_SUFFIX)
+def _locked(state: StateDir) -> Locked:
+    name = state.path.name.removesuffix(STATE_SUFFIX)
     # Between taking the lock and writing its name a holder is nameless, or has its dead
     # predecessor's name.
     found = holder(state)

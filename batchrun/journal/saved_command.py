@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -41,7 +40,7 @@ class Saved(Struct, frozen=True, kw_only=True):
     response_body: bool = True
 
 
-def save_config(state: Path, config: RunConfig, model: str | None, hosts: list[str]) -> None:
+def save_config(state: StateDir, config: RunConfig, model: str | None, hosts: list[str]) -> None:
     """Remember ``config``; ``hosts`` are all that gave answers held here. Best effort."""
     saved = Saved(
         command=config.command,
@@ -63,9 +62,8 @@ def save_config(state: Path, config: RunConfig, model: str | None, hosts: list[s
         carry=None if config.carry is None else list(config.carry),
         response_body=config.response_body,
     )
-    path = StateDir(state).saved_command
     with contextlib.suppress(OSError):
-        write_json(path, saved)
+        write_json(state.saved_command, saved)
 
 
 def _anywhere(name: str) -> str:
@@ -75,10 +73,10 @@ def _anywhere(name: str) -> str:
     return os.getcwd() + CURRENT + name
 
 
-def read_saved(state: Path) -> Saved | None:
+def read_saved(state: StateDir) -> Saved | None:
     """What ``save_config`` kept here last, None when there is nothing to read."""
     try:
-        return read_json(StateDir(state).saved_command, Saved)
+        return read_json(state.saved_command, Saved)
     except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import msgspec
 
@@ -35,16 +34,15 @@ class Status(msgspec.Struct, kw_only=True):
     reason: str | None = None
 
 
-def write_status(state: Path, status: Status) -> None:
+def write_status(state: StateDir, status: Status) -> None:
     """Replace the status file; what cannot be written is left out, for it is not the truth."""
-    path = StateDir(state).status
     with contextlib.suppress(OSError):
-        write_json(path, status)
+        write_json(state.status, status)
 
 
-def read_status(state: Path) -> Status | None:
+def read_status(state: StateDir) -> Status | None:
     """The last status written, or None when there is none that can be read."""
     try:
-        return read_json(StateDir(state).status, Status)
+        return read_json(state.status, Status)
     except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
         return None

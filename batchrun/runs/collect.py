@@ -39,7 +39,7 @@ def collect(output: str, state_dir: Path | None = None, target: str | None = Non
     if book is None:
         return _converted(output, target)
     with closing(book):
-        saved = read_saved(state.path)
+        saved = read_saved(state)
         if saved is None:
             raise UsageError(f"{state.path}: nothing there says which inputs this run reads")
         return _collected(output, state, target, book, saved)
@@ -81,7 +81,7 @@ def _collected(
         collected_from=output,
         rows=tally.rows,
         size_bytes=_size_bytes(target),
-        running=holder(state.path) is not None,
+        running=holder(state) is not None,
         synthetic=book.header.synthetic,
         errors=tuple(tally.errors),
         tokens=tally.tokens,

@@ -62,7 +62,7 @@ def say_start(begun: Begun, found: Found, opened: Opened, plan: Plan) -> None:
 
 async def send(begun: Begun, opened: Opened, plan: Plan) -> Sent:
     """Send until every pending row is settled or something ends the run: ``delivered.cause``."""
-    config, state, started_s = begun.config, begun.state.path, time.monotonic()
+    config, state, started_s = begun.config, begun.state, time.monotonic()
     rows = plan.counts.rows()
     before = Totals(plan.counts.total, rows.ok, rows.error)
     job = Job(config, passes.requests(plan, opened.book, config), len(plan.models) < 2, before)
@@ -104,7 +104,7 @@ def say_stopped(begun: Begun, summary: RunSummary) -> None:
     if rows.total is not None:
         status = status_of(begun, rows.total, rows.ok, rows.error)
         status.state, status.exit_code, status.reason = "stopped", summary.exit_code, summary.reason
-        write_status(begun.state.path, status)
+        write_status(begun.state, status)
 
 
 def hosts_of(config: RunConfig, opened: Opened) -> list[str]:

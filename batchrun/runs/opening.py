@@ -169,7 +169,7 @@ def open_journal(begun: Begun, found: Found) -> Opened:
             notes += set_aside.notes(begun.config.keep_unused_days)
         if book.recovery.cut_bytes or book.recovery.holes:
             notes.append(_recovered(book.recovery))
-        footer, saved = found.old.footer, read_saved(begun.state.path)
+        footer, saved = found.old.footer, read_saved(begun.state)
         last = saved or footer
         return Opened(
             book,

@@ -46,7 +46,7 @@ async def hold(config: RunConfig, stop: Stop, talk: Progress, stack: ExitStack) 
                 usual = state_of(os.path.realpath(config.output), None)
                 if not _is_same(usual, state):
                     holding.enter_context(_reserved(usual, if_locked, stop))
-            held = holding.enter_context(locked(state.path, if_locked, cancelled=stop.requested))
+            held = holding.enter_context(locked(state, if_locked, cancelled=stop.requested))
             stack.push(holding.pop_all())
             return held
 
@@ -69,7 +69,7 @@ def _is_same(one: StateDir, other: StateDir) -> bool:
 
 @contextmanager
 def _reserved(usual: StateDir, if_locked: IfLocked, stop: Stop) -> Iterator[None]:
-    with locked(usual.path, if_locked, cancelled=stop.requested) as held:
+    with locked(usual, if_locked, cancelled=stop.requested) as held:
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ from batchrun.summary import RowCounts
 def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     """How the run of ``output`` stands: running, stopped or finished. UsageError when none is."""
     state = state_of(output, state_dir)
-    held_by = holder(state.path)
+    held_by = holder(state)
     if held_by is not None or state.has_journal():
         return _unfinished(output, state, held_by)
     footer = footer_of(output)
@@ -42,8 +42,8 @@ def status(output: str, state_dir: Path | None = None) -> StatusFacts:
 
 
 def _unfinished(output: str, state: StateDir, holder: Holder | None) -> StatusFacts:
-    told = read_status(state.path)
-    saved = read_saved(state.path)
+    told = read_status(state)
+    saved = read_saved(state)
     if told is not None and (holder is not None or told.state == "stopped"):
         # A process says more than its journal: rows of invalid input too, and while it runs,
         # reading that would slow it down. One that was killed said nothing at its end.

@@ -39,7 +39,8 @@ from batchrun.cli.main import cli
 from batchrun.cli.options import Given, build_config
 from batchrun.config import RunConfig
 from batchrun.console.facts import CollectFacts, StatusFacts, ValidateFacts
-from batchrun.journal.lock import locked as lock_lock
+from batchrun.journal.lock import locked
+from batchrun.journal.state import StateDir
 from batchrun.mock.knobs import Knobs
 from batchrun.mock.replies import MockReply, MockRequest, error_reply
 from batchrun.outputs.read_back import recognise
@@ -587,7 +588,7 @@ def ends_refused(place: Path, mock: StartMock) -> Ended:
 
 
 def ends_locked(place: Path, _mock: StartMock) -> Ended:
-    with lock_lock(place / "a.parquet.batchrun"):
+    with locked(StateDir(place / "a.parquet.batchrun")):
         return end_of(started(place, PROMPTS, "--mock", "-o", "a.parquet"))
 
 
@@ -671,7 +672,7 @@ def test_every_exit_code_comes_with_the_object_told_here(
 
 
 def test_a_skipped_run_says_so_in_its_object(checkout: Path) -> None:
-    with lock_lock(checkout / "a.parquet.batchrun"):
+    with locked(StateDir(checkout / "a.parquet.batchrun")):
         args = ("--mock", "-o", "a.parquet", "--if-locked", "skip")
         ended = end_of(started(checkout, PROMPTS, *args))
     assert (ended.code, ended.err) == (0, "")

@@ -1072,14 +1072,14 @@ def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(LocalIOError):
         Journal.open(tmp_path / "file", HEADER)
-    with pytest.raises(LocalIOError), locked(tmp_path / "file"):
+    with pytest.raises(LocalIOError), locked(StateDir(tmp_path / "file")):
         pass
 
 
 def test_state_is_private_whatever_the_umask(state: Path) -> None:
     before = os.umask(0)
     try:
-        with locked(state):
+        with locked(StateDir(state)):
             fill(state)
             with opened(state):
                 pass

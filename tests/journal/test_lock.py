@@ -19,6 +19,7 @@ import pytest
 from batchrun.errors import LocalIOError, Locked
 from batchrun.journal import lock as lock_room
 from batchrun.journal.lock import Holder, _flock, holder, locked
+from batchrun.journal.state import StateDir
 from batchrun.journal.status_file import Status, read_status, write_status
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ import sys
 from pathlib import Path
 from batchrun.errors import Locked
 from batchrun.journal.lock import locked
+from batchrun.journal.state import StateDir
 try:
-    with locked(Path(sys.argv[1])):
+    with locked(StateDir(Path(sys.argv[1]))):
         print("held", flush=True)
         sys.stdin.read()
 except Locked as error:
@@ -54,16 +56,16 @@ def test_a_second_run_is_told_who_has_the_output_and_since_when(state: Path, spa
             pytest.raises(
                 Locked, match=rf"^out\.parquet is in use by pid {first.pid} on .+ since \d\d:\d\d$"
             ),
-            locked(state),
+            locked(StateDir(state)),
         ):
             pass
-        found = holder(state)
+        found = holder(StateDir(state))
         assert found is not None
         assert found.pid == first.pid
         first.communicate("")
-    assert holder(state) is None
-    with locked(state):
-        assert holder(state) is not None
+    assert holder(StateDir(state)) is None
+    with locked(StateDir(state)):
+        assert holder(StateDir(state)) is not None
 
 
 def test_after_a_kill_the_next_start_needs_no_unlocking(state: Path, spawn: Spawn) -> None:
@@ -72,9 +74,9 @@ def test_after_a_kill_the_next_start_needs_no_unlocking(state: Path, spawn: Spaw
         first.stdout.readline()
         first.send_signal(signal.SIGKILL)
         first.wait(30)
-    assert holder(state) is None
-    with locked(state):
-        found = holder(state)
+    assert holder(StateDir(state)) is None
+    with locked(StateDir(state)):
+        found = holder(StateDir(state))
         assert found is not None
         assert found.pid == os.getpid()
 
@@ -96,11 +98,12 @@ import os, sys
 from pathlib import Path
 from batchrun.errors import Locked
 from batchrun.journal.lock import locked
+from batchrun.journal.state import StateDir
 state, inside = Path(sys.argv[1]), Path(sys.argv[2])
 runs = 0
 while runs < 60:
     try:
-        with locked(state) as held:
+        with locked(StateDir(state)) as held:
             fd = os.open(inside, os.O_CREAT | os.O_EXCL)  # fails when another is in here too
             os.close(fd)
             (state / "journal-000001.seg").write_bytes(b"x")
@@ -128,7 +131,7 @@ def test_a_lock_file_that_was_removed_while_we_opened_it_is_no_lock(
 ) -> None:
     """The first run ends exactly between the second one's open and its flock."""
     flock = _flock
-    with locked(state) as first:
+    with locked(StateDir(state)) as first:
 
         def flock_too_late(fd: int, how: int) -> bool:
             monkeypatch.setattr(lock_room, "_flock", flock)
@@ -136,10 +139,10 @@ def test_a_lock_file_that_was_removed_while_we_opened_it_is_no_lock(
             return flock(fd, how)
 
         monkeypatch.setattr(lock_room, "_flock", flock_too_late)
-        with locked(state):
-            with pytest.raises(Locked), locked(state):
+        with locked(StateDir(state)):
+            with pytest.raises(Locked), locked(StateDir(state)):
                 pass
-            assert holder(state) is not None
+            assert holder(StateDir(state)) is not None
 
 
 def test_the_lock_is_held_until_its_file_is_gone(
@@ -149,12 +152,12 @@ def test_the_lock_is_held_until_its_file_is_gone(
     tried = []
 
     def unlink_while_another_starts(name: str, *, dir_fd: int) -> None:
-        with pytest.raises(Locked), locked(state):
+        with pytest.raises(Locked), locked(StateDir(state)):
             pass
         tried.append(name)
         unlink(name, dir_fd=dir_fd)
 
-    with locked(state) as held:
+    with locked(StateDir(state)) as held:
         (state / "journal-000001.seg").touch()
         monkeypatch.setattr(os, "unlink", unlink_while_another_starts)
         held.remove_state()
@@ -179,26 +182,26 @@ def test_a_holder_without_a_name_yet_is_not_taken_for_its_dead_predecessor(
         os.ftruncate(fd, len(name))
 
     monkeypatch.setattr(time, "sleep", write_the_name)
-    with pytest.raises(Locked, match=f"pid {os.getpid()} on .* since 19"), locked(state):
+    with pytest.raises(Locked, match=f"pid {os.getpid()} on .* since 19"), locked(StateDir(state)):
         pass
     os.close(fd)
 
 
 def test_readers_of_the_lock_do_not_keep_a_run_out(state: Path) -> None:
-    with locked(state):
+    with locked(StateDir(state)):
         pass
     stop = threading.Event()
 
     def look() -> None:
         while not stop.is_set():
-            holder(state)
+            holder(StateDir(state))
 
     readers = [threading.Thread(target=look) for _ in range(2)]
     for reader in readers:
         reader.start()
     try:
         for _ in range(50):
-            with locked(state):
+            with locked(StateDir(state)):
                 pass
     finally:
         stop.set()
@@ -214,12 +217,12 @@ def test_waiting_ends_when_the_output_is_free_or_the_wait_is_cancelled(
         first.stdout.readline()
         cancelled = threading.Event()
         cancelled.set()
-        with pytest.raises(Locked), locked(state, "wait", cancelled=cancelled):
+        with pytest.raises(Locked), locked(StateDir(state), "wait", cancelled=cancelled):
             pass
         assert first.stdin is not None
         first.stdin.close()
-        with locked(state, "wait", poll_s=0.01):
-            found = holder(state)
+        with locked(StateDir(state), "wait", poll_s=0.01):
+            found = holder(StateDir(state))
             assert found is not None
             assert found.pid == os.getpid()
 
@@ -229,10 +232,10 @@ def test_a_symbolic_link_is_not_followed(state: Path, tmp_path: Path) -> None:
     precious.write_text("keep me")
     state.mkdir()
     (state / "lock").symlink_to(precious)
-    with pytest.raises(LocalIOError), locked(state):
+    with pytest.raises(LocalIOError), locked(StateDir(state)):
         pass
     with pytest.raises(LocalIOError):
-        holder(state)
+        holder(StateDir(state))
     assert precious.read_text() == "keep me"
 
 
@@ -240,9 +243,9 @@ def test_a_directory_of_the_users_keeps_what_is_not_ours(tmp_path: Path) -> None
     state = tmp_path / "shared"
     state.mkdir()
     (state / "thesis.tex").write_text("precious")
-    with locked(state) as held:
+    with locked(StateDir(state)) as held:
         (state / "journal-000001.seg").touch()
-        write_status(state, status())
+        write_status(StateDir(state), status())
         held.remove_state()
     assert [path.name for path in state.iterdir()] == ["thesis.tex"]
 
@@ -250,13 +253,13 @@ def test_a_directory_of_the_users_keeps_what_is_not_ours(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["out.parquet.batchrun", "given-with-state"])
 def test_the_directory_we_made_goes_when_nobody_else_uses_it(tmp_path: Path, name: str) -> None:
     state = tmp_path / name
-    with locked(state):
+    with locked(StateDir(state)):
         pass
-    with locked(state) as held:
+    with locked(StateDir(state)) as held:
         (state / "journal-000001.seg").touch()
         held.remove_state()
         assert not state.exists()
-    with locked(state) as held:
+    with locked(StateDir(state)) as held:
         (state / "anything").mkdir()
         held.remove_state()
         assert [path.name for path in state.iterdir()] == ["anything"]
@@ -265,9 +268,9 @@ def test_the_directory_we_made_goes_when_nobody_else_uses_it(tmp_path: Path, nam
 def test_an_empty_directory_of_the_users_stays(tmp_path: Path) -> None:
     state = tmp_path / "given-with-state"
     state.mkdir()
-    with locked(state):
+    with locked(StateDir(state)):
         pass
-    with locked(state) as held:
+    with locked(StateDir(state)) as held:
         held.remove_state()
     assert list(state.iterdir()) == []
 
@@ -275,10 +278,10 @@ def test_an_empty_directory_of_the_users_stays(tmp_path: Path) -> None:
 def test_a_fifo_in_place_of_the_lock_holds_nobody_up(state: Path) -> None:
     state.mkdir()
     os.mkfifo(state / "lock")
-    with pytest.raises(LocalIOError, match="not a regular file"), locked(state):
+    with pytest.raises(LocalIOError, match="not a regular file"), locked(StateDir(state)):
         pass
     with pytest.raises(LocalIOError, match="not a regular file"):
-        holder(state)
+        holder(StateDir(state))
 
 
 # ── the status file ──────────────────────────────────────────────────────────────────────────────
@@ -289,18 +292,18 @@ def status() -> Status:
 
 
 def test_a_status_is_read_as_it_was_written(state: Path) -> None:
-    assert read_status(state) is None
-    write_status(state, status())
-    assert read_status(state) is None
+    assert read_status(StateDir(state)) is None
+    write_status(StateDir(state), status())
+    assert read_status(StateDir(state)) is None
     state.mkdir()
-    write_status(state, status())
-    assert read_status(state) == status()
+    write_status(StateDir(state), status())
+    assert read_status(StateDir(state)) == status()
     assert [path.name for path in state.iterdir()] == ["status.json"]
     (state / "status.json").write_text("{")
-    assert read_status(state) is None
+    assert read_status(StateDir(state)) is None
 
 
 def test_a_holder_is_written_as_json(state: Path) -> None:
-    with locked(state):
+    with locked(StateDir(state)):
         written = json.loads((state / "lock").read_text())
-        assert Holder(**written) == holder(state)
+        assert Holder(**written) == holder(StateDir(state))
