@@ -1,7 +1,6 @@
 """Facts become text. Decides nothing."""
 
 from batchrun.console.after import final_block, final_lines, next_steps
-from batchrun.console.as_json import models_json, to_json
 from batchrun.console.facts import (
     BadRowFacts,
     CollectFacts,
@@ -10,11 +9,13 @@ from batchrun.console.facts import (
     StartFacts,
     StatusFacts,
     ValidateFacts,
+    models_json,
+    to_json,
 )
+from batchrun.console.found import collect_block, status_block, validate_block
 from batchrun.console.instead import error_summary, error_text, skipped_summary
 from batchrun.console.progress import Progress, Snapshot
 from batchrun.console.start import start_block, start_lines
-from batchrun.console.views import collect_block, status_block, validate_block
 
 __all__ = [
     "BadRowFacts",

@@ -10,8 +10,7 @@ import msgspec
 
 from batchrun import errors, shell
 from batchrun.config import STDOUT, RunConfig
-from batchrun.console.facts import FinalFacts
-from batchrun.console.layout import (
+from batchrun.console.blocks import (
     LABEL_WIDTH,
     WIDTH,
     cut,
@@ -23,6 +22,7 @@ from batchrun.console.layout import (
     tokens,
     with_exit_code,
 )
+from batchrun.console.facts import FinalFacts
 from batchrun.summary import ErrorCount, RowCounts, RunSummary, TokenCounts
 from batchrun.words import count, duration, rate, size, verb
 

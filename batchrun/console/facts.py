@@ -1,9 +1,12 @@
-"""What the texts are made from; filled by the runs, printed here."""
+"""What the texts are made from, filled by the runs; also as JSON."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
 from batchrun import errors
@@ -139,3 +142,16 @@ class FinalFacts(Struct, frozen=True, kw_only=True):
     """What the final block says beyond the summary."""
 
     output_bytes: int | None = None
+
+
+def to_json(value: Struct) -> bytes:
+    """One object on one line; what a command found carries its exit code as a member too."""
+    members = msgspec.to_builtins(value)
+    exit_code = getattr(value, "exit_code", None)
+    if isinstance(exit_code, int) and "exit_code" not in members:
+        members = {"schema": 1, "exit_code": exit_code, **members}
+    return json.dumps(members, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def models_json(names: Sequence[str]) -> bytes:
+    return json.dumps({"schema": 1, "exit_code": 0, "models": list(names)}).encode() + b"\n"

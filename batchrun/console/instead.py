@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from batchrun import errors
 from batchrun.config import RunConfig
-from batchrun.console.layout import WIDTH
+from batchrun.console.blocks import WIDTH
 from batchrun.summary import RunSummary
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batchrun.console.facts import FileFacts, StartFacts
-from batchrun.console.layout import (
+from batchrun.console.blocks import (
     LABEL_WIDTH,
     WIDTH,
     labelled,
@@ -14,6 +13,7 @@ from batchrun.console.layout import (
     output_name,
     some,
 )
+from batchrun.console.facts import FileFacts, StartFacts
 from batchrun.words import count, verb
 
 

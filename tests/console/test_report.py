@@ -17,7 +17,7 @@ from batchrun import words
 from batchrun.config import RunConfig
 from batchrun.console.after import final_block as report_final_block
 from batchrun.console.after import final_lines, next_steps
-from batchrun.console.as_json import to_json
+from batchrun.console.blocks import place
 from batchrun.console.facts import (
     BadRowFacts,
     CollectFacts,
@@ -26,11 +26,11 @@ from batchrun.console.facts import (
     StartFacts,
     StatusFacts,
     ValidateFacts,
+    to_json,
 )
+from batchrun.console.found import collect_block, status_block, validate_block
 from batchrun.console.instead import error_summary, error_text
-from batchrun.console.layout import place
 from batchrun.console.start import start_block, start_lines
-from batchrun.console.views import collect_block, status_block, validate_block
 from batchrun.errors import EndpointRefused, Locked, UsageError
 from batchrun.providers import Endpoint
 from batchrun.secret import Secret

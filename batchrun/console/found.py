@@ -8,8 +8,7 @@ from datetime import datetime
 from batchrun import terminal
 from batchrun.config import INPUT_FORMATS, STDOUT
 from batchrun.console.after import causes, example, token_words
-from batchrun.console.facts import CollectFacts, FileFacts, StatusFacts, ValidateFacts
-from batchrun.console.layout import (
+from batchrun.console.blocks import (
     LABEL_WIDTH,
     cut,
     labelled,
@@ -19,6 +18,7 @@ from batchrun.console.layout import (
     some,
     with_exit_code,
 )
+from batchrun.console.facts import CollectFacts, FileFacts, StatusFacts, ValidateFacts
 from batchrun.console.start import columns, shape
 from batchrun.summary import ErrorCount, RowCounts
 from batchrun.words import count, duration, rate, size, verb
