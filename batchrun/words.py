@@ -25,6 +25,15 @@ def duration(seconds: float, *, compact: bool = False) -> str:
     return f"{second}s" if compact else f"{second} s"
 
 
+def stopwatch(seconds: float | None) -> str:
+    """``1:05``, ``2:04:00``; ``?`` where nobody knows."""
+    if seconds is None:
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
 def size(size_bytes: int) -> str:
     """Decimal units, as disks and object stores count them."""
     number = float(size_bytes)

@@ -16,9 +16,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from batchrun.errors import UsageError
-
-WIDTH = 80
-
+from batchrun.terminal import WIDTH
 
 TABLE_WIDTH = 100  # as wide as the help goes
 

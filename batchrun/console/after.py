@@ -11,8 +11,6 @@ import msgspec
 from batchrun import errors, shell
 from batchrun.config import STDOUT, RunConfig
 from batchrun.console.blocks import (
-    LABEL_WIDTH,
-    WIDTH,
     cut,
     labelled,
     nexts,
@@ -24,6 +22,7 @@ from batchrun.console.blocks import (
 )
 from batchrun.console.facts import FinalFacts
 from batchrun.summary import ErrorCount, RowCounts, RunSummary, TokenCounts
+from batchrun.terminal import LABEL_WIDTH, WIDTH
 from batchrun.words import count, duration, rate, size, verb
 
 SHOWN_CAUSES = 8
@@ -34,7 +33,7 @@ def final_block(
 ) -> str:
     """The last block of a run, however it ended; the exit code stands at its end unless 0."""
     facts = facts or FinalFacts()
-    if summary.exit_code in (errors.EXIT_OK, errors.EXIT_ROWS_FAILED):
+    if _is_finished(summary):
         lines = _finished(summary, config, facts)
     else:
         lines = _ended_early(summary, config)
@@ -45,7 +44,7 @@ def final_lines(summary: RunSummary) -> list[str]:
     """The last lines of a log; the caller puts the time in front."""
     rows, run = summary.rows, summary.this_run
     code = f"exit code {summary.exit_code}"
-    if summary.exit_code not in (errors.EXIT_OK, errors.EXIT_ROWS_FAILED):
+    if not _is_finished(summary):
         reason = " ".join((summary.reason or "").split()).removeprefix("stopped ")
         return [f"stopped {reason}".rstrip(), f"{_progress_words(rows)}, {code}"]
     done = f"done {run.rows_sent if run else 0:,} sent, {rows.error:,} failed"
@@ -72,6 +71,10 @@ def _finished(summary: RunSummary, config: RunConfig | None, facts: FinalFacts) 
     if summary.output not in (None, STDOUT):
         lines += labelled("output", _output_words(summary, facts))
     return [*lines, *nexts(summary.next_steps)]
+
+
+def _is_finished(summary: RunSummary) -> bool:
+    return summary.exit_code in (errors.EXIT_OK, errors.EXIT_ROWS_FAILED)
 
 
 def _headline(summary: RunSummary) -> str:
@@ -199,7 +202,7 @@ def _output_words(summary: RunSummary, facts: FinalFacts) -> str:
 
 def next_steps(summary: RunSummary) -> list[str]:
     """What to do now, most useful first; a line to paste needs nothing but batchrun and a shell."""
-    if summary.exit_code not in (errors.EXIT_OK, errors.EXIT_ROWS_FAILED):
+    if not _is_finished(summary):
         return _next_after_stop(summary)
     if summary.rows.error:
         return _next_after_failures(summary)

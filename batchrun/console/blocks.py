@@ -11,12 +11,7 @@ from batchrun import terminal
 from batchrun.config import INPUT_FORMATS, INPUT_SUFFIXES, STDOUT
 from batchrun.console.facts import FileFacts
 from batchrun.summary import TokenCounts
-
-WIDTH = 80
-
-
-LABEL_WIDTH = 10
-
+from batchrun.terminal import LABEL_WIDTH, WIDTH
 
 SHOWN_NAMES = 6
 

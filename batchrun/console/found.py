@@ -9,7 +9,6 @@ from batchrun import terminal
 from batchrun.config import INPUT_FORMATS, STDOUT
 from batchrun.console.after import causes, example, token_words
 from batchrun.console.blocks import (
-    LABEL_WIDTH,
     cut,
     labelled,
     local_day,
@@ -21,6 +20,7 @@ from batchrun.console.blocks import (
 from batchrun.console.facts import CollectFacts, FileFacts, StatusFacts, ValidateFacts
 from batchrun.console.start import columns, shape
 from batchrun.summary import ErrorCount, RowCounts
+from batchrun.terminal import LABEL_WIDTH
 from batchrun.words import count, duration, rate, size, verb
 
 

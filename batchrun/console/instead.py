@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from batchrun import errors
 from batchrun.config import RunConfig
-from batchrun.console.blocks import WIDTH
 from batchrun.summary import RunSummary
+from batchrun.terminal import WIDTH
 
 
 def error_text(error: BaseException) -> str:

@@ -22,17 +22,14 @@ from batchrun import terminal
 from batchrun.console.writer import (
     BAR_WIDTH,
     ECHO_WIDTH,
-    LABEL_WIDTH,
     CloseBar,
     Lines,
     OpenBar,
     Writer,
 )
+from batchrun.terminal import LABEL_WIDTH, WIDTH
 from batchrun.types import Bound
-from batchrun.words import count, duration, rate
-
-WIDTH = 80
-
+from batchrun.words import count, duration, rate, stopwatch
 
 MINUTE_S = 60.0
 
@@ -240,7 +237,7 @@ def bar_tail(
     remaining_s = speed.remaining_s(snapshot.total - snapshot.done)
     parts = [
         (0, done),
-        (3, f"[{_clock_time(elapsed_s)}<{_clock_time(remaining_s)}]"),
+        (3, f"[{stopwatch(elapsed_s)}<{stopwatch(remaining_s)}]"),
         (2, f"{rate(speed.rows_per_s)} rows/s"),
         (5, f"{_short(speed.tokens_per_s)} tok/s"),
         (4, f"{snapshot.in_flight:,} in flight"),
@@ -293,11 +290,3 @@ def _short(number: float) -> str:
     if number < 999_500:
         return f"{number / 1e3:.0f}k"
     return f"{number / 1e6:.1f}M"
-
-
-def _clock_time(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

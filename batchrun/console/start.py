@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchrun.console.blocks import (
-    LABEL_WIDTH,
-    WIDTH,
     labelled,
     local_time,
     names,
@@ -14,6 +12,7 @@ from batchrun.console.blocks import (
     some,
 )
 from batchrun.console.facts import FileFacts, StartFacts
+from batchrun.terminal import LABEL_WIDTH, WIDTH
 from batchrun.words import count, verb
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
 from batchrun import terminal
-from batchrun.terminal import FAREWELL_S
+from batchrun.terminal import FAREWELL_S, LABEL_WIDTH
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -21,9 +21,6 @@ BAR_WIDTH = 100
 
 # A terminal echoes ^C behind the bar; in the same line it can be wiped out with it.
 ECHO_WIDTH = 3
-
-
-LABEL_WIDTH = 10
 
 
 MAX_LINES_BEHIND = 1_000

@@ -15,7 +15,6 @@ import pytest
 from batchrun.console.progress import (
     MINUTE_S,
     STALL_S,
-    WIDTH,
     Progress,
     Snapshot,
     Speed,
@@ -24,6 +23,7 @@ from batchrun.console.progress import (
     stall_words,
 )
 from batchrun.console.writer import BAR_WIDTH, ECHO_WIDTH
+from batchrun.terminal import WIDTH
 
 NOW = datetime(2026, 11, 21, 2, 0, tzinfo=timezone(timedelta(hours=1)))
 STAMP = "2026-11-21T02:00:00+01:00 "

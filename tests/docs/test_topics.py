@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from batchrun.cli.main import cli, run_command
-from batchrun.cli.topics import WIDTH, plain, recipes
+from batchrun.cli.topics import plain, recipes
 from batchrun.cli.topics import topics as topics_topics
 from batchrun.errors import EXIT_OK, EXIT_USAGE
+from batchrun.terminal import WIDTH
 
 ROOT = Path(__file__).parents[2]
 MANUAL = ROOT / "batchrun" / "manual"
