@@ -12,14 +12,15 @@ nobody knows whether there is a quota, so requests leave one by one, 64 a second
 twenty is not overrun, and a first window on a slow endpoint is complete after half a second.
 Whoever names a ``--concurrency`` or an ``--rpm`` has answered the question.
 
-The first wait is kept to the letter. Where refusals go on after it was, the endpoint may have meant
-the refused request only (a number of places, a gateway that refuses at random): one request goes to
-see, a *question*, each refused one doubles the time to the next. An answer to what left after the
-refused one says that the wait does not hold for all; then it binds the refused rows alone, until
-refusals outweigh answers by a whole window. A limit in headers is asked likewise where it would
-have a request wait for seconds: what only refusals spoke of falls with the first answer that it had
-no room for, what answers speak of with a whole minute's. A refusal that names its wait teaches no
-rate at all.
+A wait binds as long as nothing disproves it. It may be about a number of places and not about a
+rate: answers to what had left before the refused request came in during the wait say so, and so do
+refusals that go on after a wait was kept. Then one request goes to see, after a service time, a
+*question*. Refused, it is obeyed to the letter, and the next reason to ask waits twice as long. An
+answer to what left after the refused one says that the wait does not hold for all; then it binds
+the refused rows alone, until refusals outweigh answers by a whole window. A limit in headers is
+asked likewise where it would have a request wait for seconds: what only refusals spoke of falls
+with the first answer that it had no room for, what answers speak of with a whole minute's. A
+refusal that names its wait teaches no rate at all.
 
 **Quota: is there room in the rate?** (``quota``) Two GCRA buckets per model, requests and tokens,
 asked together and charged together. GCRA keeps one number, the theoretical arrival time ``tat``:
@@ -63,6 +64,8 @@ code that says capacity, or timeouts where answers barely make it. One cut per b
 attempts admitted before the cut are the same signal, and a cut is judged before the next one. A
 refused attempt keeps its place for as long as an answer would have taken, so that an instant 429
 never turns into a spin; but a few for every answer keep none, so that chance costs no throughput.
+After a cut departures are spread over a service time: a rate that nobody names and that has no room
+for two at once refuses whatever leaves together, however small the window.
 
 **Breaker: is anybody there?** Failures across rows without an answer between open it. Then
 nothing is sent but one probe at a time, a real row on the real route, at growing intervals. Any
@@ -80,7 +83,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from batchrun.errors import StoppedEarly
-from batchrun.limits.breaker import NOBODY_THERE, Breaker, Flight, local_time
+from batchrun.limits.breaker import MIN_LOOK_S, NOBODY_THERE, Breaker, Flight, local_time
 from batchrun.limits.gate import (
     DOUBTED_WAIT_S,
     MIN_REOPENING_S,
@@ -150,7 +153,12 @@ class Limits:
         model = self._models.get(request.model) or self._meet(request.model, now)
         # One comparison for the three exceptions: gate closed or reopening, breaker open, refusals
         # that still hold places.
-        if now < model.ready_at or self._breaker.is_open or self._places.held:
+        if (
+            now < model.ready_at
+            or now < self._window.next_at
+            or self._breaker.is_open
+            or self._places.held
+        ):
             wait = self._held_back(model, now)
             if wait > 0.0:
                 return wait
@@ -176,6 +184,8 @@ class Limits:
             self._breaker.probing(id(request))
         if model.reopening_until:
             model.pace_reopening(now)
+        if window.is_spread:
+            window.spread(now)
 
     def done(self, request: Request, attempt: Attempt, decision: Decision, now: float) -> None:
         """Take the attempt's place back and learn from what it brought."""
@@ -190,7 +200,7 @@ class Limits:
             if model.quota.reserved:
                 model.quota.settle(request, attempt)
             if model.is_doubtful:
-                model.answered(id(request), flight.admitted_at, window.size, now)
+                model.answered(id(request), flight.admitted_at, window.size, window.latency_s, now)
             if now >= model.quota.look_at:
                 self._look(model, attempt, flight.admitted_at, now)
                 model.opened()
@@ -256,11 +266,15 @@ class Limits:
     def _held_back(self, model: Model, now: float) -> float:
         if now < model.ready_at and not model.asks_wait.may_go(now):
             self._held_by = "quota" if model.is_quota else "endpoint"
-            return model.asks_wait.wait(model.ready_at - now, now)
+            wait_s = model.asks_wait.wait(model.ready_at - now, now)
+            # What is in flight may yet say that asking is worth it.
+            return min(wait_s, max(MIN_LOOK_S, self._window.latency_s)) if self._flights else wait_s
         if self._breaker.is_open and (wait := self._breaker.wait(now)) > 0.0:
             return wait
         window = self._window
         self._count_full(now)
+        if now < window.next_at:
+            return window.next_at - now
         wait = self._places.wait(window.size - len(self._flights), now)
         # An answer frees a place sooner than a refusal's place runs out.
         return min(wait, max(0.001, window.latency_s / window.size))
@@ -341,11 +355,11 @@ class Limits:
     ) -> None:
         quota, window, wait_s = model.quota, self._window, decision.wait_s
         quota.refund(request)
-        model.refused(id(request), now)
+        is_news = model.refused(id(request), wait_s, now)
         self._places.refused(flight.admitted_at + window.latency_s, window.delivered, now)
         if wait_s is not None:
             self._check_wait(wait_s, attempt.finished_at_ms)
-            if model.believes_wait(now):
+            if model.believes_wait(now) and is_news:
                 self._close_gate(model, wait_s, flight.admitted_at, now)
         elif decision.pushback != "capacity" and quota.is_known and not quota.has_left:
             quota.refused(flight.admitted_at, now)

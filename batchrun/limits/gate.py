@@ -57,6 +57,7 @@ class Model:
         "closed_until",
         "is_doubtful",
         "is_quota",
+        "named_s",
         "quota",
         "ready_at",
         "refused_at",
@@ -71,6 +72,7 @@ class Model:
         self.ready_at = 0.0  # before it, no admission: gate closed, or opening step by step
         self.closed_until = 0.0
         self.refused_at = 0.0  # when the request left whose refusal closed the gate
+        self.named_s = 0.0  # by that refusal
         self.is_quota = False  # what closed it last
         self.reopening_until = 0.0
         self.clock_ms = 0.0  # of the wall, at zero of ours
@@ -103,12 +105,13 @@ class Model:
     ) -> None:
         """Let nothing go for so long; unless a quota paces, reopen step by step.
 
-        The first wait is kept to the letter. Where refusals go on after it was, one request goes
-        to see whether it holds for more than those refused.
+        Where refusals go on after a wait was kept, one request goes to see whether the next holds
+        for more than those refused.
         """
         until = now + wait_s
         if until <= self.closed_until:
             return
+        self.named_s = wait_s
         if now >= self.closed_until:
             self._kept += 1
             if self._kept > 1:
@@ -121,15 +124,27 @@ class Model:
             self.reopening_until = until + reopening_s
             self._pace_s = reopening_s / window
 
-    def answered(self, flight: int, admitted_at: float, window: int, now: float) -> None:
-        """An answer: does it contradict what was said?"""
+    def answered(
+        self, flight: int, admitted_at: float, window: int, latency_s: float, now: float
+    ) -> None:
+        """An answer: does it contradict what was said?
+
+        One to what left after the refused request does. One to what left before says that others
+        had a place when it had none, which may be all that there was to say: a question is worth
+        asking.
+        """
         self.asks_wait.answered(flight)
         if self._credit:
             self._credit = min(max(MIN_CREDIT, window), self._credit + 1)
-        if now < self.closed_until and admitted_at > self.refused_at:
-            self._credit = max(MIN_CREDIT, window)
-            self.ready_at = self.closed_until = self.reopening_until = 0.0
-            self.quota.reopen(now)
+        if now < self.closed_until:
+            if admitted_at > self.refused_at:
+                self._credit = max(MIN_CREDIT, window)
+                self.ready_at = self.closed_until = 0.0
+                self.reopening_until = now + latency_s
+                self._pace_s = max(OPENING_PACE_S, latency_s / window)
+                self.quota.reopen(now)
+            elif not self.asks_wait.is_pending:
+                self.asks_wait.arises(now, latency_s)
         if self.asks_rate.answered(flight):
             self.quota.contradicted()
 
@@ -137,9 +152,14 @@ class Model:
         self.asks_wait.leaves(flight)
         self.asks_rate.leaves(flight)
 
-    def refused(self, flight: int, now: float) -> None:
-        self.asks_wait.refused(flight, now)
+    def refused(self, flight: int, wait_s: float | None, now: float) -> bool:
+        """Whether a wait that it names is news: a question only hears again what it asked about."""
         self.asks_rate.refused(flight, now)
+        was_asked = self.asks_wait.refused(flight, now)
+        if was_asked:
+            self.asks_wait.rests()
+        again = wait_s is None or wait_s <= self.named_s
+        return not (was_asked and again and now < self.closed_until)
 
     def withdrawn(self, flight: int) -> None:
         self.asks_wait.withdrawn(flight)
@@ -171,6 +191,14 @@ class _Question:
         self._delay_s = max(self._delay_s, latency_s)
         self._at = now + self._delay_s
 
+    def rests(self) -> None:
+        """Ask no more until there is a new reason to."""
+        self._at = NEVER
+
+    @property
+    def is_pending(self) -> bool:
+        return self._at < NEVER
+
     def may_go(self, now: float) -> bool:
         self._is_due = now >= self._at and len(self._out) <= self._answered
         return self._is_due
@@ -193,14 +221,15 @@ class _Question:
         self._delay_s = 0.0
         return True
 
-    def refused(self, flight: int, now: float) -> None:
+    def refused(self, flight: int, now: float) -> bool:
         if flight not in self._out:
-            return
+            return False
         self._out.discard(flight)
         self._answered = 0
         if now >= self._at:  # one burst counts once
             self._delay_s = max(2 * self._delay_s, MIN_LOOK_S)
             self._at = now + self._delay_s
+        return True
 
     def withdrawn(self, flight: int) -> None:
         self._out.discard(flight)

@@ -110,6 +110,16 @@ MIN_FLOOD = 8
 IN_USE = 0.5
 
 
+# Departures are spread over a service time once some were refused: a rate with no room for a burst
+# refuses the second of two that leave together, however few are in flight. No faster than this
+# share more than the window's own pace; without it, a late timer is throughput lost.
+SPREAD = 1.2
+
+
+# How late a departure may be and the next one still on time.
+LATE_S = 0.002
+
+
 # Until a round is complete: 0 would let the first refusals spin, a minute would stall them.
 DEFAULT_LATENCY_S = 0.25
 
@@ -145,6 +155,8 @@ class Window:
         self.latency_s = DEFAULT_LATENCY_S
         self.full_s = 0.0  # time during which all places were taken
         self.filled_at = 0.0
+        self.next_at = 0.0  # before it, nothing leaves
+        self.is_spread = False
         self._phase: Phase = "slow start"
         self._before: _Level | None = None  # what this round is compared with
         self._ceiling: int | None = None  # the size last refused, until growth passes it
@@ -158,12 +170,17 @@ class Window:
         self._most_served = self._least_served = 0  # beside the refused ones
         self._usual_share = 0.0  # of refusals while the window was held
         self._carried = 0  # the most that were in flight together and answered
-        self._delivered_before = 0
+        self._delivered_before = self._samples = 0
+        self._flight_s = 0.0
         self._begin_round(0.0, self._growth_round())
 
     def begin(self, now: float) -> None:
         """The first request is about to leave."""
         self._begin_round(now, self._growth_round())
+
+    def spread(self, now: float) -> None:
+        """One left; say when the next may."""
+        self.next_at = max(self.next_at, now - LATE_S) + self.latency_s / (SPREAD * self.size)
 
     def answered(self, admitted_at: float, delivered: int, ahead: int, now: float) -> None:
         """Count an answer, and judge the round when it is complete."""
@@ -204,17 +221,22 @@ class Window:
             self._back_off(self._before, f"the probe was {why}", now)
             return
         self._before = self._level() if self._samples >= MIN_ROUND else self._judged
+        was_cut = self._phase == "cut"
         self._phase = "cut"
         places = self._places()
         # Far too many is seen at once, and told how many would do.
         fits = 0 < places < self.size * FAR
+        if fits:
+            self._ceiling = None  # what was counted needs no search
+        # Where a cut helps, nothing is gained by it, and answers vary by more than a pace can know.
+        self.is_spread |= was_cut or (self._judged.rate == 0.0 and not fits)
         self._resize(max(1, places if fits else int(self.size * CUT)), why, now)
         self._begin_round(now, max(MIN_ROUND, self.size))
 
     def _places(self) -> int:
         """How many were served whenever one was refused; 0 where that differs, or more were."""
         least, most = self._least_served, self._most_served
-        return most if most >= self._carried and least >= max(1, ALIKE * most - 0.5) else 0
+        return most if most >= self._carried > 0 and least >= max(1, ALIKE * most - 0.5) else 0
 
     def suggest(self, requests_per_s: float, now: float) -> None:
         """Begin where a quota just learned says that work will be."""
@@ -230,6 +252,7 @@ class Window:
             return
         self._phase, self._before, self._ceiling = "slow start", None, None
         self._hold_s = MIN_HOLD_S
+        self.is_spread = False
         self._resize(min(self.size, self._start), why, now)
         self._begin_round(now, self._growth_round())
 
@@ -237,6 +260,8 @@ class Window:
         return min(self._cap, max(START_WINDOW, int(requests_per_s * SUGGESTED_S)))
 
     def _begin_round(self, now: float, needed: int, *, settled: bool = False) -> None:
+        if self._samples >= MIN_ROUND or (self._samples and self._judged.rate == 0.0):
+            self.latency_s = self._flight_s / self._samples
         # The first generation at a new size still returns at the pace of the old one.
         self._unsettled = 0 if settled else self.size
         self._round_at = now
@@ -262,9 +287,7 @@ class Window:
 
     def _judge(self, now: float) -> None:
         level = self._judged = self._level()
-        self.latency_s = self._flight_s / self._samples
-        in_use_s = self.full_s - self._full_before_s
-        if self._is_fixed or in_use_s < IN_USE * (now - self._round_at):
+        if not self._is_full(now):
             self._begin_round(now, self._needed, settled=True)
         elif self._phase == "slow start":
             self._judge_growth(level, now)
@@ -274,6 +297,12 @@ class Window:
             self._judge_probe(level, now)
         else:
             self._judge_cut(level, now)
+
+    def _is_full(self, now: float) -> bool:
+        """Whether the window, and not the input or a quota, set the pace of this round."""
+        # A place that waits for its turn in the spread is in use.
+        full_s = self.full_s - self._full_before_s
+        return not self._is_fixed and (self.is_spread or full_s >= IN_USE * (now - self._round_at))
 
     def _judge_growth(self, level: _Level, now: float) -> None:
         before = self._before
@@ -322,6 +351,7 @@ class Window:
         if self._goes_on and kept < (1 + CUT) / 2:
             self._tolerate(level, before.size, now)
         elif self._goes_on or kept > 1 / NOISE:
+            self.is_spread |= self._goes_on > 0
             self._hold(level, now)
         else:
             # The cut went below capacity, which is thus known to lie between the two.
@@ -333,6 +363,7 @@ class Window:
         self._tolerance_s = min(MAX_TOLERANCE_S, 2 * self._tolerance_s)
         self._tolerant_until = now + pause_s
         self._phase, self._before, self._ceiling = "slow start", level, None
+        self.is_spread = False
         self._resize(size, "fewer in flight are refused all the same", now)
         self._begin_round(now, self._growth_round())
 
