@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-Phase = Literal["slow start", "hold", "probe", "cut"]
-
+from batchrun.limits.rounds import NOTHING, Level, Round
 
 # Less wastes the first seconds on every healthy endpoint; more floods a laptop's Ollama.
 START_WINDOW = 32
@@ -77,10 +76,6 @@ CUT = 0.7
 FAR = 0.5
 
 
-# A number of places refuses at that number and no other; clocks and wires blur it a little.
-ALIKE = 0.75
-
-
 # So few refusals among the answers of a round are no overload: gateways drop a request now and
 # then, and a window cut for each of those never grows.
 FEW_REFUSALS = 2
@@ -127,11 +122,9 @@ DEFAULT_LATENCY_S = 0.25
 NEVER = float("inf")
 
 
-class _Level(NamedTuple):
-    """What one round at one size brought."""
-
-    size: int
-    rate: float  # answers a second
+class _Phase(NamedTuple):
+    name: Literal["slow start", "hold", "probe", "cut"]
+    before: Level  # what the round is compared with
 
 
 class Window:
@@ -157,22 +150,16 @@ class Window:
         self.filled_at = 0.0
         self.next_at = 0.0  # before it, nothing leaves
         self.is_spread = False
-        self._phase: Phase = "slow start"
-        self._before: _Level | None = None  # what this round is compared with
+        self._phase = _Phase("slow start", NOTHING)
         self._ceiling: int | None = None  # the size last refused, until growth passes it
         self._hold_s = MIN_HOLD_S
         self._probe_at = 0.0
-        self._judged = _Level(self.size, 0.0)
+        self._judged = Level(self.size, 0.0)
         self._tolerance_s = MIN_TOLERANCE_S
         self._tolerant_until = -NEVER
         self._resized_at = -NEVER
-        self._refusals = self._goes_on = 0  # of this round; the latter after the first generation
-        self._most_served = self._least_served = 0  # beside the refused ones
         self._usual_share = 0.0  # of refusals while the window was held
-        self._carried = 0  # the most that were in flight together and answered
-        self._delivered_before = self._samples = 0
-        self._flight_s = 0.0
-        self._begin_round(0.0, self._growth_round())
+        self._round = self._new_round(0.0, self._growth_round())
 
     def begin(self, now: float) -> None:
         """The first request is about to leave."""
@@ -185,16 +172,8 @@ class Window:
     def answered(self, admitted_at: float, delivered: int, ahead: int, now: float) -> None:
         """Count an answer, and judge the round when it is complete."""
         self.delivered += 1
-        if ahead >= self._carried:
-            self._carried = ahead + 1
-        if self._unsettled:
-            self._unsettled -= 1
-        elif admitted_at >= self._round_at:
-            self._samples += 1
-            self._arrivals += self.delivered - delivered
-            self._flight_s += now - admitted_at
-            if self._samples >= self._needed:
-                self._judge(now)
+        if self._round.answered(admitted_at, self.delivered - delivered, ahead, now):
+            self._judge(now)
 
     def overloaded(self, admitted_at: float, code: str, now: float, served: int = 0) -> None:
         """Hear that the endpoint has too much on its hands: one cut per burst.
@@ -203,46 +182,42 @@ class Window:
         """
         if self._is_fixed or admitted_at <= self._resized_at:
             return
-        self._most_served = max(self._most_served, served)
-        self._least_served = min(self._least_served, served)
-        self._refusals += 1
-        self._goes_on += not self._unsettled
-        answers = self.delivered - self._delivered_before
-        usual = USUAL * self._usual_share * (answers + self._refusals + self.size)
-        if self._refusals <= FEW_REFUSALS + max(FEW_SHARE * answers, usual):
+        this = self._round
+        this.refused(served)
+        answers = self.delivered - this.delivered_before
+        usual = USUAL * self._usual_share * (answers + this.refusals + self.size)
+        if this.refusals <= FEW_REFUSALS + max(FEW_SHARE * answers, usual):
             return
         # A cut is judged before the next one, unless it plainly was not enough.
-        waits = self._phase == "cut" or now < self._tolerant_until
-        if waits and self._refusals <= max(MIN_FLOOD, answers):
+        waits = self._phase.name == "cut" or now < self._tolerant_until
+        if waits and this.refusals <= max(MIN_FLOOD, answers):
             return
         why = f"refused ({code})" if code else "overloaded"
         self._ceiling = self.size
-        if self._phase == "probe" and self._before is not None:
-            self._back_off(self._before, f"the probe was {why}", now)
-            return
-        self._before = self._level() if self._samples >= MIN_ROUND else self._judged
-        was_cut = self._phase == "cut"
-        self._phase = "cut"
-        places = self._places()
-        # Far too many is seen at once, and told how many would do.
+        if self._phase.name == "probe":
+            self._back_off(self._phase.before, f"the probe was {why}", now)
+        else:
+            self._cut(why, now)
+
+    def _cut(self, why: str, now: float) -> None:
+        this, was_cut = self._round, self._phase.name == "cut"
+        before = this.level(self.size) if this.samples >= MIN_ROUND else self._judged
+        self._phase = _Phase("cut", before)
+        # Far too many is seen at once, and told how many would do: that needs no search.
+        places = this.places()
         fits = 0 < places < self.size * FAR
         if fits:
-            self._ceiling = None  # what was counted needs no search
+            self._ceiling = None
         # Where a cut helps, nothing is gained by it, and answers vary by more than a pace can know.
         self.is_spread |= was_cut or (self._judged.rate == 0.0 and not fits)
         self._resize(max(1, places if fits else int(self.size * CUT)), why, now)
         self._begin_round(now, max(MIN_ROUND, self.size))
 
-    def _places(self) -> int:
-        """How many were served whenever one was refused; 0 where that differs, or more were."""
-        least, most = self._least_served, self._most_served
-        return most if most >= self._carried > 0 and least >= max(1, ALIKE * most - 0.5) else 0
-
     def suggest(self, requests_per_s: float, now: float) -> None:
         """Begin where a quota just learned says that work will be."""
         size = self._suggested(requests_per_s)
         if not self._is_fixed and size > self.size:
-            self._phase, self._before, self._ceiling = "slow start", None, None
+            self._phase, self._ceiling = _Phase("slow start", NOTHING), None
             self._resize(size, "the quota suggests it", now)
             self._begin_round(now, self._growth_round())
 
@@ -250,7 +225,7 @@ class Window:
         """After an outage: what held before is no guide, and a cold server wants a slow start."""
         if self._is_fixed:
             return
-        self._phase, self._before, self._ceiling = "slow start", None, None
+        self._phase, self._ceiling = _Phase("slow start", NOTHING), None
         self._hold_s = MIN_HOLD_S
         self.is_spread = False
         self._resize(min(self.size, self._start), why, now)
@@ -260,21 +235,14 @@ class Window:
         return min(self._cap, max(START_WINDOW, int(requests_per_s * SUGGESTED_S)))
 
     def _begin_round(self, now: float, needed: int, *, settled: bool = False) -> None:
-        if self._samples >= MIN_ROUND or (self._samples and self._judged.rate == 0.0):
-            self.latency_s = self._flight_s / self._samples
-        # The first generation at a new size still returns at the pace of the old one.
-        self._unsettled = 0 if settled else self.size
-        self._round_at = now
-        self._needed = needed
-        self._samples = 0
-        self._arrivals = 0
-        self._flight_s = 0.0
-        self._refusals = 0
-        self._most_served, self._least_served = 0, self._cap
-        self._carried = 0
-        self._goes_on = 0
-        self._delivered_before = self.delivered
-        self._full_before_s = self.full_s
+        this = self._round
+        if this.samples >= MIN_ROUND or (this.samples and self._judged.rate == 0.0):
+            self.latency_s = this.flight_s / this.samples
+        self._round = self._new_round(now, needed, settled=settled)
+
+    def _new_round(self, now: float, needed: int, *, settled: bool = False) -> Round:
+        unsettled = 0 if settled else self.size
+        return Round(now, needed, unsettled, self.delivered, self.full_s, least_served=self._cap)
 
     def _growth_round(self) -> int:
         return max(MIN_ROUND, self.size // 2)
@@ -282,18 +250,15 @@ class Window:
     def _careful_round(self) -> int:
         return max(MIN_ROUND, min(MIN_CAREFUL_ROUND, 8 * self.size), 2 * self.size)
 
-    def _level(self) -> _Level:
-        return _Level(self.size, self._arrivals / max(self._flight_s, 1e-9))
-
     def _judge(self, now: float) -> None:
-        level = self._judged = self._level()
+        level = self._judged = self._round.level(self.size)
         if not self._is_full(now):
-            self._begin_round(now, self._needed, settled=True)
-        elif self._phase == "slow start":
+            self._begin_round(now, self._round.needed, settled=True)
+        elif self._phase.name == "slow start":
             self._judge_growth(level, now)
-        elif self._phase == "hold":
+        elif self._phase.name == "hold":
             self._judge_hold(level, now)
-        elif self._phase == "probe":
+        elif self._phase.name == "probe":
             self._judge_probe(level, now)
         else:
             self._judge_cut(level, now)
@@ -301,23 +266,25 @@ class Window:
     def _is_full(self, now: float) -> bool:
         """Whether the window, and not the input or a quota, set the pace of this round."""
         # A place that waits for its turn in the spread is in use.
-        full_s = self.full_s - self._full_before_s
-        return not self._is_fixed and (self.is_spread or full_s >= IN_USE * (now - self._round_at))
+        full_s = self.full_s - self._round.full_before_s
+        return not self._is_fixed and (
+            self.is_spread or full_s >= IN_USE * (now - self._round.began_at)
+        )
 
-    def _judge_growth(self, level: _Level, now: float) -> None:
-        before = self._before
-        if before is None or level.rate >= GROWTH_GAIN * before.rate:
+    def _judge_growth(self, level: Level, now: float) -> None:
+        before = self._phase.before
+        if level.rate >= GROWTH_GAIN * before.rate:
             self._grow(level, now)
             return
         knee = before.size * max(1.0, level.rate / before.rate) * HOLD_MARGIN
         self._resize(min(self.size, int(knee)), "no more throughput: plateau", now)
         self._hold(level, now)
 
-    def _judge_hold(self, level: _Level, now: float) -> None:
-        before, self._before = self._before, level
-        assert before is not None
-        answers = self.delivered - self._delivered_before
-        self._usual_share = self._refusals / max(1, answers + self._refusals)
+    def _judge_hold(self, level: Level, now: float) -> None:
+        before, this = self._phase.before, self._round
+        self._phase = _Phase("hold", level)
+        answers = self.delivered - this.delivered_before
+        self._usual_share = this.refusals / max(1, answers + this.refusals)
         # A rate that rises by itself is capacity coming back.
         surges = 0.0 < before.rate * SURGE < level.rate
         if (surges or now >= self._probe_at) and self.size < self._cap:
@@ -325,9 +292,8 @@ class Window:
         else:
             self._begin_round(now, self._careful_round(), settled=True)
 
-    def _judge_probe(self, level: _Level, now: float) -> None:
-        before = self._before
-        assert before is not None
+    def _judge_probe(self, level: Level, now: float) -> None:
+        before = self._phase.before
         gain = level.rate / before.rate
         if gain >= 1 + PROBE_GAIN * (self.size / before.size - 1):
             self._hold_s = MIN_HOLD_S
@@ -335,7 +301,6 @@ class Window:
             if self.size < _whole_step(before.size):
                 self._probe(level, "throughput grew", now)
             else:
-                self._phase = "slow start"
                 self._grow(level, now)
             return
         # What was refused once says nothing for ever. The next probe is a whole step.
@@ -344,40 +309,39 @@ class Window:
         paid = int(before.size * gain) if gain > NOISE else before.size
         self._back_off(before._replace(size=min(self.size, paid)), "the probe found no more", now)
 
-    def _judge_cut(self, level: _Level, now: float) -> None:
-        before = self._before
-        assert before is not None
+    def _judge_cut(self, level: Level, now: float) -> None:
+        before = self._phase.before
         kept = level.rate / max(before.rate, 1e-9)
-        if self._goes_on and kept < (1 + CUT) / 2:
+        goes_on = self._round.refused_settled > 0
+        if goes_on and kept < (1 + CUT) / 2:
             self._tolerate(level, before.size, now)
-        elif self._goes_on or kept > 1 / NOISE:
-            self.is_spread |= self._goes_on > 0
+        elif goes_on or kept > 1 / NOISE:
+            self.is_spread |= goes_on
             self._hold(level, now)
         else:
             # The cut went below capacity, which is thus known to lie between the two.
             self._probe(level, "the cut cost throughput", now)
 
-    def _tolerate(self, level: _Level, size: int, now: float) -> None:
+    def _tolerate(self, level: Level, size: int, now: float) -> None:
         """Below capacity nobody has a reason to refuse: these refusals are not about the window."""
         pause_s = max(self._tolerance_s, HOLD_LATENCIES * self.latency_s)
         self._tolerance_s = min(MAX_TOLERANCE_S, 2 * self._tolerance_s)
         self._tolerant_until = now + pause_s
-        self._phase, self._before, self._ceiling = "slow start", level, None
+        self._phase, self._ceiling = _Phase("slow start", level), None
         self.is_spread = False
         self._resize(size, "fewer in flight are refused all the same", now)
         self._begin_round(now, self._growth_round())
 
-    def _grow(self, level: _Level, now: float) -> None:
-        self._before = level
+    def _grow(self, level: Level, now: float) -> None:
         if self.size >= self._cap:
             self._hold(level, now)
             return
+        self._phase = _Phase("slow start", level)
         self._resize(min(self._cap, 2 * self.size), "throughput grew", now)
         self._begin_round(now, self._growth_round())
 
-    def _probe(self, level: _Level, why: str, now: float) -> None:
-        self._before = level
-        self._phase = "probe"
+    def _probe(self, level: Level, why: str, now: float) -> None:
+        self._phase = _Phase("probe", level)
         self._resize(self._probe_size(), why, now)
         self._begin_round(now, self._careful_round())
 
@@ -389,14 +353,13 @@ class Window:
         self._ceiling = None
         return min(self._cap, _whole_step(self.size))
 
-    def _back_off(self, level: _Level, why: str, now: float) -> None:
+    def _back_off(self, level: Level, why: str, now: float) -> None:
         self._hold_s = min(MAX_HOLD_S, 2 * self._hold_s)
         self._resize(level.size, why, now)
         self._hold(level, now)
 
-    def _hold(self, level: _Level, now: float) -> None:
-        self._phase = "hold"
-        self._before = level
+    def _hold(self, level: Level, now: float) -> None:
+        self._phase = _Phase("hold", level)
         self._probe_at = now + self._pause_s()
         self._begin_round(now, self._careful_round())
 
