@@ -33,6 +33,8 @@ class Profile:
         e = self.endpoint
         if e.rate_per_s:
             return max(0, rows - e.burst) / e.rate_per_s + e.latency_s
+        if e.places:
+            return rows / e.places * e.latency_s
         if e.slots:
             return _time_in_slots(e, rows)
         return math.ceil(rows / self.in_flight) * e.latency_s or None
@@ -89,6 +91,19 @@ def _slots(slots: int, *, halved: bool = False, refusing: bool = False) -> Profi
     )
 
 
+def _places(places: int, suffix: str, title: str, **refusals: int) -> Profile:
+    """A gateway that serves so many at a time and refuses the others, whatever it says of it."""
+    service_s, seconds = 0.1, 20
+    return Profile(
+        f"places-{places}-{suffix}",
+        f"{places} places, {service_s} s of service, beyond them {title}",
+        Endpoint(latency_s=service_s, places=places, **refusals),
+        in_flight=places,
+        rows=round(places / service_s * seconds),
+        contenders=("batchrun-auto", "batchrun"),
+    )
+
+
 PROFILES = {
     p.name: p
     for p in (
@@ -104,6 +119,20 @@ PROFILES = {
             # Half a minute: the last rows refused end after several back-offs, whoever sends them.
             rows=40_000,
         ),
+        Profile(
+            "scattered-30",
+            "50 ms latency, 16 in flight, three requests in ten answered 429 with Retry-After 1",
+            Endpoint(latency_s=0.05, refused_share=0.3, retry_after_s=1),
+            in_flight=16,
+            rows=2_000,
+            contenders=("batchrun-auto", "batchrun"),
+        ),
+        *(_places(n, "429", "429 and Retry-After 1", retry_after_s=1) for n in (2, 32)),
+        *(
+            _places(n, "503", "503 and Retry-After 1", refusal_status=503, retry_after_s=1)
+            for n in (2, 32)
+        ),
+        *(_places(n, "limit", "429 and a limit of as many", named_limit=n) for n in (2, 32)),
         Profile(
             "bucket-100",
             "a token bucket of 100/s, burst 20, in Mistral's headers; 50 ms latency",

@@ -32,6 +32,10 @@ function M.reset()
         burst = arg "burst",
         slots = arg "slots",
         queue = arg "queue",
+        places = arg "places",
+        refusal_status = arg "refusal_status",
+        retry_after_s = arg "retry_after_s",
+        named_limit = arg "named_limit",
         halved_after_s = arg "halved_after_s",
         -- what changes as requests come
         owed_refusals = 0,
@@ -70,6 +74,10 @@ local function refused_by_queue(e)
     return e.queue > 0 and e.waiting >= e.queue
 end
 
+local function refused_by_places(e)
+    return e.places > 0 and books.in_flight > e.places -- this one included; a refusal takes no time
+end
+
 local function work(e)
     if not e.free_slots then
         if e.latency_s > 0 then ngx.sleep(e.latency_s) end
@@ -100,6 +108,14 @@ local function begin(b, e, now)
     b.peak_in_flight = math.max(b.peak_in_flight, b.in_flight)
 end
 
+local function name_wait(e)
+    if e.retry_after_s > 0 then ngx.header["Retry-After"] = e.retry_after_s end
+    if e.named_limit > 0 then
+        ngx.header["x-ratelimit-limit-requests"] = e.named_limit
+        ngx.header["x-ratelimit-remaining-requests"] = 0
+    end
+end
+
 local function send(status, body)
     ngx.status = status
     ngx.header["Content-Length"] = #body
@@ -109,9 +125,15 @@ end
 function M.answer()
     local b, e, now = books, endpoint, ngx.now() -- a straggler of an earlier run keeps its books
     begin(b, e, now)
-    if refused_by_quota(e, now) or refused_by_turn(e) or refused_by_queue(e) then
+    if
+        refused_by_quota(e, now)
+        or refused_by_turn(e)
+        or refused_by_queue(e)
+        or refused_by_places(e)
+    then
         b.refused = b.refused + 1
-        send(429, REFUSAL)
+        name_wait(e)
+        send(e.refusal_status, REFUSAL)
     else
         work(e)
         now = ngx.now()

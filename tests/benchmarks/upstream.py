@@ -97,16 +97,20 @@ class Endpoint:
     """How the upstream behaves during one run."""
 
     latency_s: float = 0.0  # of every answer; with slots the time of service
-    refused_share: float = 0.0  # answered 429 without Retry-After
+    refused_share: float = 0.0  # of all requests
     rate_per_s: float = 0.0  # a token bucket, shown in Mistral's headers
     burst: int = 0  # what the bucket holds
     slots: int = 0  # worked on at a time; the others queue
     queue: int = 0  # places in that queue; beyond them 429. 0: any number
     halved_after_s: float = 0.0  # from the first request on only half the slots
+    places: int = 0  # in flight; beyond them refused. 0: any number
+    refusal_status: int = 429
+    retry_after_s: float = 0.0  # named in refusals; 0: not named
+    named_limit: int = 0  # of requests, in the headers of refusals; 0: none
 
     @property
     def is_plain(self) -> bool:
-        return not (self.rate_per_s or self.slots)
+        return not (self.rate_per_s or self.slots or self.places or self.retry_after_s)
 
 
 @dataclass(frozen=True)
