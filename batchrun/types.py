@@ -211,25 +211,25 @@ class Result(Struct, frozen=True):
 
     custom_id: str
     status: Literal["ok", "error"]
-    response: str | None
-    finish_reason: str | None
-    request_model: str | None
-    response_model: str | None
-    usage: Usage
-    reasoning: str | None
-    tool_calls: str | None
-    error_kind: str | None
-    error_code: str | None
-    error_message: str | None
-    http_status: int | None
-    attempts: int
-    in_doubt_attempts: int
-    latency_s: float | None
-    ttft_s: float | None
-    request_id: str | None
-    finished_at_ms: int | None
-    request_hash: str | None
-    response_body: str | None
+    response: str | None = None
+    finish_reason: str | None = None
+    request_model: str | None = None
+    response_model: str | None = None
+    usage: Usage = NO_USAGE
+    reasoning: str | None = None
+    tool_calls: str | None = None
+    error_kind: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    http_status: int | None = None
+    attempts: int = 0
+    in_doubt_attempts: int = 0
+    latency_s: float | None = None
+    ttft_s: float | None = None
+    request_id: str | None = None
+    finished_at_ms: int | None = None
+    request_hash: str | None = None
+    response_body: str | None = None
 
 
 class UnusedCounts(Struct):

@@ -84,6 +84,15 @@ def test_run_takes_a_config(tmp_path: Path) -> None:
     assert (summary.exit_code, summary.rows.ok, summary.rows.error) == (0, 1, 1)
 
 
+def test_a_config_that_names_no_endpoint_is_not_answered_by_the_mock(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "x"}\n')
+    config = batchrun.RunConfig(inputs=(str(path),), output=str(tmp_path / "out.parquet"))
+    with pytest.raises(batchrun.UsageError, match="no endpoint"):
+        asyncio.run(batchrun.run(config))
+    assert [each.name for each in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
 def test_every_choice_of_a_run_is_an_option_of_its_own_type() -> None:
     settled = {"inputs", "output", "output_format", "endpoint"}
     fields = get_type_hints(batchrun.RunConfig)

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "endpoint": {"chat"},
     "inputs": {"chat", "journal"},
     "outputs": {"chat"},
-    "sending": {"chat", "endpoint", "limits", "journal", "outputs", "console"},
+    "sending": {"chat", "limits", "journal", "outputs", "console"},
     "runs": {
         *("inputs", "chat", "endpoint", "sending", "journal", "outputs", "console", "mock"),
     },

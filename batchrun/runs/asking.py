@@ -10,6 +10,7 @@ from batchrun import process
 from batchrun.chat import PromptSettings
 from batchrun.config import MAX_CONCURRENCY, RunConfig
 from batchrun.endpoint import ChatEndpoint
+from batchrun.errors import UsageError
 from batchrun.mock import Knobs, MockServer
 from batchrun.providers import DEFAULT_MODEL, MOCK, Endpoint, full_url, provider_of
 from batchrun.secret import Secret
@@ -39,6 +40,12 @@ def _asks_usage(config: RunConfig) -> bool:
     provider = provider_of(config.endpoint.url)
     is_default = config.endpoint.default_model == DEFAULT_MODEL
     return not is_default and (provider is None or provider.name != "mistral")
+
+
+def check_endpoint(config: RunConfig) -> None:
+    """Synthetic answers must not pass for real ones: only ``mock`` asks the endpoint inside."""
+    if config.endpoint == MOCK and not config.mock:
+        raise UsageError("no endpoint: endpoint= names one, mock=True the one inside")
 
 
 @asynccontextmanager

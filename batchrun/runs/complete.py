@@ -15,7 +15,7 @@ from batchrun.console import Progress
 from batchrun.errors import BatchrunError, EndpointRefused, UsageError
 from batchrun.runs.asking import chat_endpoint, prompt_settings
 from batchrun.sending import EarlyEnd, Feed, Sender, outcome_of, refusal
-from batchrun.types import NO_USAGE, Answer, Attempt, Decision, Outcome, Request, Result, Tries
+from batchrun.types import Answer, Attempt, Decision, Outcome, Request, Result, Tries
 
 # Requests read ahead, and results waiting for their reader: what bounds the memory.
 READ_AHEAD = 64
@@ -259,23 +259,7 @@ def invalid_result(custom_id: str, code: str, reason: str) -> Result:
     return Result(
         custom_id=custom_id,
         status="error",
-        response=None,
-        finish_reason=None,
-        request_model=None,
-        response_model=None,
-        usage=NO_USAGE,
-        reasoning=None,
-        tool_calls=None,
         error_kind="invalid_input",
         error_code=code,
         error_message=reason,
-        http_status=None,
-        attempts=0,
-        in_doubt_attempts=0,
-        latency_s=None,
-        ttft_s=None,
-        request_id=None,
-        finished_at_ms=None,
-        request_hash=None,
-        response_body=None,
     )

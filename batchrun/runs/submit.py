@@ -15,7 +15,7 @@ from batchrun.config import RunConfig
 from batchrun.console import Progress
 from batchrun.errors import BatchrunError, UsageError
 from batchrun.inputs import RowsOrTable
-from batchrun.runs import delivery, ending, opening, place, publishing
+from batchrun.runs import asking, delivery, ending, opening, place, publishing
 from batchrun.runs.ending import Phases
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import plan_run
@@ -42,6 +42,7 @@ async def run(
     with ExitStack() as stack:
         if handle_signals:
             stack.enter_context(process.signals(stop.on_signal, stop.at_once, stop.last_words))
+        asking.check_endpoint(config)
         place.check_output(config)
         if config.deadline_s is not None:
             stack.enter_context(stop.at_deadline(config.deadline_s))

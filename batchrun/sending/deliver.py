@@ -23,13 +23,12 @@ from typing import NamedTuple, Protocol
 
 from batchrun.config import RunConfig
 from batchrun.console import Progress, Snapshot
-from batchrun.endpoint import ChatEndpoint
 from batchrun.errors import EXIT_IO, BatchrunError
 from batchrun.journal import Journal
 from batchrun.sending.desk import JournalDesk
 from batchrun.sending.meter import Meter, Totals
 from batchrun.sending.pool import Pool
-from batchrun.sending.sender import TICK_S, EarlyEnd, Sender, read_ahead
+from batchrun.sending.sender import TICK_S, EarlyEnd, OpenEndpoint, Sender, read_ahead
 from batchrun.sending.tally import RunTally
 from batchrun.types import Bound, Request
 
@@ -62,7 +61,7 @@ class Watch(Protocol):
 
 
 async def deliver(
-    job: Job, endpoint: ChatEndpoint, journal: Journal, end: EarlyEnd, talk: Progress, watch: Watch
+    job: Job, endpoint: OpenEndpoint, journal: Journal, end: EarlyEnd, talk: Progress, watch: Watch
 ) -> Delivered:
     """Send the job's requests until they are settled or something ends the run."""
     desk = JournalDesk(journal, endpoint.host, abort_after=job.config.abort_after)

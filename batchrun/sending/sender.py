@@ -10,18 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from batchrun.config import RunConfig
 from batchrun.console import Progress
-from batchrun.endpoint import ChatEndpoint
 from batchrun.errors import BatchrunError, Interrupted
 from batchrun.limits import Limits, LimitSettings
 from batchrun.sending.classify import classify
 from batchrun.sending.feed import Feed
 from batchrun.sending.patience import Persistence
 from batchrun.sending.pool import Desk, Pool
-from batchrun.types import Request
+from batchrun.types import Attempt, Request
 from batchrun.words import count, duration, verb
 
 TICK_S = 0.2
@@ -29,6 +28,21 @@ TICK_S = 0.2
 
 # Puts requests into the feed until it is closed or at its end, and calls the second for each batch.
 Fill: TypeAlias = Callable[[Feed, Callable[[], None]], Coroutine[Any, Any, None]]
+
+
+class OpenEndpoint(Protocol):
+    """Where requests go (``endpoint.ChatEndpoint``)."""
+
+    @property
+    def host(self) -> str:
+        """Its name for people."""
+
+    @property
+    def room(self) -> int:
+        """How many requests may be in flight at the very most."""
+
+    async def send(self, request: Request) -> Attempt:
+        """Make one request and say what came of it; only cancellation raises."""
 
 
 class EarlyEnd:
@@ -73,7 +87,7 @@ class Sender:
     def __init__(
         self,
         config: RunConfig,
-        endpoint: ChatEndpoint,
+        endpoint: OpenEndpoint,
         desk: Desk,
         talk: Progress,
         *,
