@@ -23,11 +23,7 @@ JSONValue: TypeAlias = (
 
 
 Shape = Literal["batch", "messages", "prompt", "body"]  # what a row is
-
-
 InputFormat = Literal["jsonl", "csv", "tsv", "parquet"]
-
-
 Compression = Literal["", "gz", "zst"]
 
 
@@ -53,31 +49,14 @@ INPUT_SUFFIXES: Final[Mapping[str, InputFormat]] = {
 
 
 COMPRESSED_SUFFIXES: Final[Mapping[str, Compression]] = {".gz": "gz", ".zst": "zst"}
-
-
 OutputFormat = Literal["parquet", "jsonl"]
-
-
 IfLocked = Literal["fail", "wait", "skip"]
-
-
 VERSION = "0.1.0"
-
-
 STDIN = "-"
-
-
 STDOUT = "-"
-
-
 STATE_SUFFIX = ".batchrun"
-
-
 CURRENT = "/./"  # in a path: what stands before it is only where the rest lies
-
-
 MAX_CONCURRENCY = 512
-
 
 # More of anything than a machine can count or wait for; clocks and 64-bit integers end there too.
 TOO_MUCH = 1e12

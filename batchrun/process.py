@@ -24,19 +24,15 @@ if TYPE_CHECKING:
 # timeout(1) and some shells signal the process and then its whole group: that is one wish.
 ECHO_S = 0.3
 
-
 # A second signal cuts off what is in flight and writes down what is known; longer than this, and
 # something hangs that nobody wants to wait for.
 LEAVE_S = 2.0
 
-
 # Files besides the sockets: journal, inputs, the event loop's own.
 SPARE_FILES = 64
 
-
 # How soon a signal is noticed while stdin brings nothing.
 LOOK_S = 0.1
-
 
 # The collector would look through every live object again and again; a run makes no cycles.
 GC_THRESHOLD = 200_000

@@ -11,10 +11,7 @@ from typing import Final
 
 # How wide our texts are, and the labels in front of them.
 WIDTH: Final = 80
-
-
 LABEL_WIDTH: Final = 10
-
 
 # A terminal that takes nothing for this long must not keep a finished run from ending.
 FAREWELL_S: Final = 2.0

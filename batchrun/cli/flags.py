@@ -126,29 +126,13 @@ class _Header(click.types.StringParamType):
 
 
 _sent = partial(Option, heading="What is sent")
-
-
 _endpoint = partial(Option, heading="Endpoint and key")
-
-
 _output = partial(Option, heading="Output")
-
-
 _talk = partial(Option, heading="Talk")
-
-
 _pace = partial(Option, heading="Pace")
-
-
 _failures = partial(Option, heading="Failures")
-
-
 _state = partial(Option, heading="State")
-
-
 INPUTS = click.Argument(["inputs"], nargs=-1, required=True, metavar="INPUT...")
-
-
 JSON = _talk("--json", is_flag=True, help="Print one JSON object on stdout at the end.")
 
 

@@ -19,8 +19,6 @@ from batchrun.errors import UsageError
 from batchrun.terminal import WIDTH
 
 TABLE_WIDTH = 100  # as wide as the help goes
-
-
 FENCE = "```"
 
 
@@ -32,8 +30,6 @@ _ORDER = (
 
 
 _MANUAL = resources.files("batchrun") / "manual"
-
-
 _RECIPES = _MANUAL / "recipes"
 
 

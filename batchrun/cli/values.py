@@ -163,8 +163,6 @@ def _finite(text: str) -> float:
 
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-
-
 _OUR_HEADERS = frozenset({"content-length", "content-type", "host", "transfer-encoding"})
 
 

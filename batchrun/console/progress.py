@@ -33,17 +33,12 @@ from batchrun.words import count, duration, rate, stopwatch
 
 MINUTE_S = 60.0
 
-
 # Long enough that one slow answer does not make the speed jump, short enough to show a change.
 RATE_WINDOW_S = 30.0
-
-
 RATE_SAMPLE_S = 1.0
-
 
 # Shorter waits are ordinary pacing: to show them would make the bar flicker.
 SHOWN_WAIT_S = 1.0
-
 
 # Longer without any row settled, and what the run waits for is worth more than its speed.
 STALL_S = 30.0

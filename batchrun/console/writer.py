@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 # The bar may be wider than texts are: its facts are worth more than a margin.
 BAR_WIDTH = 100
 
-
 # A terminal echoes ^C behind the bar; in the same line it can be wiped out with it.
 ECHO_WIDTH = 3
-
-
 MAX_LINES_BEHIND = 1_000
 
 
