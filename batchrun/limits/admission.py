@@ -83,12 +83,14 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from batchrun.errors import StoppedEarly
-from batchrun.limits.breaker import MIN_LOOK_S, NOBODY_THERE, Breaker, Flight, local_time
+from batchrun.limits.breaker import NOBODY_THERE, Breaker, local_time
 from batchrun.limits.gate import (
     DOUBTED_WAIT_S,
+    MIN_LOOK_S,
     MIN_REOPENING_S,
     QUOTA_WAIT_S,
     TIMEOUT_LATENCIES,
+    Flight,
     Model,
     Places,
 )

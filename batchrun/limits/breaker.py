@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from msgspec import Struct
-
 from batchrun.errors import StoppedEarly
 from batchrun.types import Attempt, Decision
 from batchrun.words import duration
-
-# How often to look whether a question was answered.
-MIN_LOOK_S = 0.05
-
 
 # What a proxy says of an endpoint that is not there.
 NOBODY_THERE = (502,)
@@ -43,17 +37,6 @@ UNREACHED_S = 15.0
 UNREACHED_SLOW_PROBES = 2  # where each connect takes its whole timeout
 
 
-NEVER = float("inf")
-
-
-class Flight(Struct, gc=False):
-    """A request in flight, and what it found when it left."""
-
-    admitted_at: float
-    delivered: int  # answers until then
-    ahead: int  # those in flight before it that are not known to be refused
-
-
 class Breaker:
     """Open while the endpoint seems to be down; then one probe at a time."""
 
@@ -73,6 +56,7 @@ class Breaker:
         self._reason = ""
 
     def wait(self, now: float) -> float:
+        """Seconds until the next probe; only while it is open. 0.0 or less: now."""
         if self._probe is not None:
             return FIRST_PROBE_S
         return self.probe_at - now
@@ -103,6 +87,7 @@ class Breaker:
     def failed(
         self, flight: int, row: int, attempt: Attempt, decision: Decision, now: float
     ) -> None:
+        """Count a failure that may be the endpoint's; open after enough, or without contact."""
         self._reason = decision.reason
         if self.since is None:
             self.since = now
@@ -133,6 +118,7 @@ class Breaker:
         self.probe_at = now + self._interval_s
 
     def verdict(self, now: float) -> StoppedEarly | None:
+        """Why nobody need wait any longer, once neither probes nor refusals led anywhere."""
         if self.since is None:
             return None
         host, down_s = self._host, now - self.since

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 
-from batchrun.limits.breaker import MIN_LOOK_S, NEVER
+from msgspec import Struct
+
+from batchrun.limits.headers import NEVER
 from batchrun.limits.quota import Quota
+
+# How often to look whether a question was answered.
+MIN_LOOK_S = 0.05
+
 
 # Until the first answer nobody knows a quota, and a whole window at once is a burst of refusals
 # where there is one. At this pace a first window takes half a second, and an answer ends it sooner:
@@ -41,6 +47,14 @@ DOUBTED_WAIT_S = 0.9
 # A wait found not to hold for all binds the refused only, until so many more are refused than
 # answered, or a whole window: fewer, and chance closes the gate; more, and a real limit costs more.
 MIN_CREDIT = 16
+
+
+class Flight(Struct, gc=False):
+    """A request in flight, and what it found when it left."""
+
+    admitted_at: float
+    delivered: int  # answers until then
+    ahead: int  # those in flight before it that are not known to be refused
 
 
 class Model:
