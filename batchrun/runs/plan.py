@@ -82,10 +82,13 @@ class Counts:
         ok, failed = self.held_ok, self.held_failed + self.invalid
         sent = delivered.tally if delivered else RunTally()
         failed -= delivered.reopened if delivered else 0
+        passing = sum(cause.rows for cause in sent.errors if cause.retried_on_rerun)
         return RowCounts(
             total=self.total,
             ok=ok + sent.ok,
             error=failed + sent.failed,
+            # Those that failed alike and are pending again fail no more.
+            passing=min(passing, failed + sent.failed),
             pending=self.total - ok - failed - sent.done,
             reused=self.held_ok + self.held_failed,
             truncated=sent.truncated,

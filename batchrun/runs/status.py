@@ -77,9 +77,10 @@ def _held_rows(state: Path, total: int | None) -> RowCounts:
         return RowCounts(total=total)
     with closing(book):
         ok = book.count(Held.OK)
-        failed = book.count(Held.REJECTED) + book.count(Held.PASSING)
+        passing = book.count(Held.PASSING)
+        failed = book.count(Held.REJECTED) + passing
     pending = max(total - ok - failed, 0) if total is not None else 0
-    return RowCounts(total=total, ok=ok, error=failed, pending=pending)
+    return RowCounts(total=total, ok=ok, error=failed, passing=passing, pending=pending)
 
 
 def footer_of(output: str) -> Footer | None:
