@@ -19,7 +19,7 @@ from batchrun.chat.growing import (
 from batchrun.config import JSONValue
 
 
-class Choice:
+class GrowingChoice:
     """One of a completion's choices."""
 
     def __init__(self, index: int, kept: Budget) -> None:
@@ -58,6 +58,7 @@ class Choice:
         return self._add_delta(delta) if is_object(delta) else False
 
     def json(self) -> dict[str, object]:
+        """The choice as a plain completion has it."""
         choice: dict[str, object] = {"index": self._index, "message": self._message()}
         if self._logprobs:
             choice["logprobs"] = {name: items.values for name, items in self._logprobs.items()}

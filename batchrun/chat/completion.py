@@ -78,6 +78,7 @@ NO_MESSAGE = Message()
 
 
 def reply_of(completion: Completion, error: ErrorBody | None) -> Reply:
+    """What decides about a completion, of choice 0; ``error`` when it came with one."""
     choices = completion.choices
     choice = choices[0] if len(choices) == 1 else _choice_0(choices)
     message = choice.message or NO_MESSAGE
@@ -98,6 +99,7 @@ def reply_of(completion: Completion, error: ErrorBody | None) -> Reply:
 
 
 def answer_of(completion: _Columns, usage: Usage) -> Answer:
+    """The columns a completion fills, from choice 0; a refusal is the response where no text is."""
     choices = completion.choices
     choice = choices[0] if len(choices) == 1 else _choice_0(choices)
     message = choice.message or NO_MESSAGE
@@ -123,6 +125,7 @@ def _choice_0(choices: list[Choice]) -> Choice:
 
 
 def normalised(usage: UsageFields) -> Usage:
+    """Tokens in our words; of the cached ones the first spelling that is given wins, also with 0."""
     details = usage.prompt_tokens_details
     cached = None if details is None else details.cached_tokens
     if cached is None:
@@ -147,6 +150,7 @@ def _cached_elsewhere(usage: UsageFields) -> int | None:
 
 
 def joined(tool_calls: list[Raw]) -> str:
+    """Tool calls as one JSON array, compact; ValueError for what is no UTF-8."""
     # The decoder skips over raw parts without looking at their UTF-8: ``decode`` does.
     parts = [msgspec.json.format(bytes(call), indent=-1) for call in tool_calls]
     return (b"[" + b",".join(parts) + b"]").decode()

@@ -14,6 +14,7 @@ MAX_PAGE_CHARS = 300
 
 
 def error_body(value: Any, *, has_choices: bool) -> ErrorBody | None:
+    """The error in a reply's JSON; None when there is none. ``has_choices``: it is a completion."""
     if isinstance(value, list):  # Gemini
         value = value[0] if value else None
     if isinstance(value, str):

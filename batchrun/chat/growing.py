@@ -56,10 +56,12 @@ class Members:
         self.values: dict[str, msgspec.Raw] = {}
 
     def set_first(self, name: str, value: JSONValue) -> None:
+        """Keep the first value that says something."""
         if name not in self.values and value not in (None, "", 0):
             self.set_last(name, value)
 
     def set_last(self, name: str, value: JSONValue) -> None:
+        """Keep the last value that is not null."""
         if value is None:
             return
         raw = msgspec.Raw(encode_loosely(value))
@@ -98,6 +100,7 @@ def objects(value: JSONValue) -> Iterator[Object]:
 
 
 def encode_loosely(value: object) -> bytes:
+    """``value`` as JSON, also what msgspec refuses: lone surrogates and enormous numbers."""
     try:
         return msgspec.json.encode(value)
     except (UnicodeEncodeError, OverflowError, ValueError, RecursionError):

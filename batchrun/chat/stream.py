@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from batchrun.chat.choice import Choice
+from batchrun.chat.choice import GrowingChoice
 from batchrun.chat.growing import Budget, Members, Object, encode_loosely, is_object, objects
 from batchrun.chat.text import is_utf8
 from batchrun.config import JSONValue
@@ -61,12 +61,13 @@ class Assembler:
         self._event_bytes = 0
         self._kept = Budget()
         self._top = Members(self._kept)
-        self._choices: dict[int, Choice] = {}
+        self._choices: dict[int, GrowingChoice] = {}
         self._unfinished = 0
         self._usage: Object | None = None
         self._error: JSONValue = None
 
     def feed(self, chunk: bytes) -> None:
+        """Take the next bytes, cut anywhere; ignored once too much is held."""
         if self._is_too_large:
             return
         for line in self._lines.feed(chunk):
@@ -198,7 +199,7 @@ class Assembler:
             index = position
         choice = self._choices.get(index)
         if choice is None:
-            choice = self._choices[index] = Choice(index, self._kept)
+            choice = self._choices[index] = GrowingChoice(index, self._kept)
             self._unfinished += 1
         was_finished = choice.is_finished
         if choice.add(piece):

@@ -77,6 +77,7 @@ def mended(body: bytes) -> bytes | None:
 
 
 def is_json(text: str) -> bool:
+    """Whether strict readers take ``text`` for JSON."""
     try:
         decode_raw(text)
         text.encode()

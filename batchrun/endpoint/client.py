@@ -28,7 +28,7 @@ from batchrun.endpoint.body import follow, whole
 from batchrun.endpoint.connections import TRIP, Connector, Trip
 from batchrun.endpoint.deadlines import Deadlines
 from batchrun.endpoint.failures import MAX_HEADER_BYTES, Explained, Unsendable, explain
-from batchrun.endpoint.lean import ChatRequest, Departures, request_head
+from batchrun.endpoint.lean import Departures, LeanRequest, request_head
 from batchrun.endpoint.memory import MAX_BODY_BYTES, Space
 from batchrun.endpoint.proxies import proxy_for
 from batchrun.errors import EndpointRefused, StoppedEarly
@@ -48,7 +48,7 @@ LEAN_VERSIONS = ("3.14.",)
 
 
 class ChatEndpoint:
-    """A chat-completions endpoint. Use as an async context manager; ``send`` never raises.
+    """One endpoint of one API. Use as an async context manager; ``send`` never raises.
 
     ``proxied`` False ignores HTTP(S)_PROXY: the embedded stand-in is inside this process.
     ``room`` is how many requests may be in flight at once, as far as open files go.
@@ -91,12 +91,12 @@ class ChatEndpoint:
         return self
 
     def _new_session(self, connector: Connector, *, lean: bool) -> aiohttp.ClientSession:
-        """``lean`` sends chat completions and nothing else, for a fifth less CPU."""
+        """``lean`` posts bodies to this endpoint and does nothing else, for a fifth less CPU."""
         more: dict[str, Any] = {}
         if lean:
             head = request_head(self._url, self._headers)
             own = {"head": head, "departures": Departures()}
-            more = {"request_class": type("_Request", (ChatRequest,), own)}
+            more = {"request_class": type("_Request", (LeanRequest,), own)}
         # No default headers: aiohttp would send those to the proxy too, the key among them.
         return aiohttp.ClientSession(
             connector=connector,

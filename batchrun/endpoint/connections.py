@@ -84,6 +84,7 @@ class Line(ResponseHandler):
         super().data_received(data)
 
     def begin(self) -> None:
+        """A request goes out on it."""
         self.uses += 1
         self._arrivals_before = self._arrivals
 

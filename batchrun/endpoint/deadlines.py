@@ -41,6 +41,7 @@ class Deadlines:
             self._plan()
 
     def end(self, limit: asyncio.Timeout) -> None:
+        """``limit`` is over in time, or never began."""
         self._due.pop(limit, None)
 
     def _plan(self, at_least_s: float = 0.0) -> None:

@@ -24,7 +24,7 @@ def request_head(url: URL, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join([*lines, "Content-Length: "]).encode("ascii")
 
 
-class ChatRequest(aiohttp.ClientRequest):
+class LeanRequest(aiohttp.ClientRequest):
     """A POST whose head was built once, sent with its body in one write.
 
     aiohttp builds every head anew, writes head and body through a StreamWriter, and on Python 3.11
@@ -83,6 +83,7 @@ class Departures:
         self._waiting: list[tuple[asyncio.Transport, bytes, Trip]] = []
 
     def add(self, transport: asyncio.Transport, request: bytes, trip: Trip) -> None:
+        """Let ``request`` leave with the others of this turn; ``trip`` learns whether it did."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._leave)
         trip.left = False

@@ -131,6 +131,7 @@ def _extra_forbidden(_r: MockRequest, _a: MockReply, _k: Knobs) -> MockReply:
 
 
 def content_of(answer: MockReply) -> bytes:
+    """The body of a reply, of its parts as well."""
     return answer.body if answer.parts is None else b"".join(answer.parts)
 
 

@@ -76,6 +76,7 @@ class Ledger:
         self.billed_answers += 1
 
     def end(self, entry: Entry, *, delivered: bool) -> None:
+        """The exchange is over; ``delivered`` when a whole answer was written."""
         entry.ended_s = time.monotonic()
         self.in_flight -= 1
         self.statuses[entry.status] += 1

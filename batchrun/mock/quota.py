@@ -41,6 +41,7 @@ class Quota:
         self._tokens = _Bucket(knobs.tpm, now) if knobs.tpm else None
 
     def fits(self, tokens: int) -> bool:
+        """Whether so many tokens could ever be taken at once."""
         return self._tokens is None or tokens <= self._tokens.capacity
 
     def take(self, tokens: int, now: float) -> float:
@@ -59,6 +60,7 @@ class Quota:
         return 0.0
 
     def headers(self, tokens: int, now: float) -> dict[str, str]:
+        """What an answer of so many tokens tells of the limits, in the dialect asked for."""
         if self._knobs.limit_headers == "openai":
             return self._openai_headers(now)
         if self._knobs.limit_headers == "mistral":

@@ -63,6 +63,7 @@ class Wire:
             await self._request.writer.drain()
 
     async def send(self, reply: MockReply, request_id: str) -> None:
+        """Write a reply as it says, pauses and wrong lengths included."""
         if reply.raw is not None:
             if reply.raw:
                 await self.write(reply.raw)
@@ -158,6 +159,7 @@ class Connections(web.Server):
             self._ledger.settle(entry)
 
     def answered(self, connection: web.RequestHandler, entry: Entry) -> None:
+        """A reply is written; whether it was read, the connection's next event tells."""
         if connection.transport is None:
             self._ledger.settle(entry)
         else:
