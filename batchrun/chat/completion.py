@@ -125,7 +125,7 @@ def _choice_0(choices: list[Choice]) -> Choice:
 
 
 def normalised(usage: UsageFields) -> Usage:
-    """Tokens in our words; of the cached ones the first spelling that is given wins, also with 0."""
+    """Tokens in our words; of cached ones the first spelling given wins, also with 0."""
     details = usage.prompt_tokens_details
     cached = None if details is None else details.cached_tokens
     if cached is None:
