@@ -133,7 +133,13 @@ class Decision(Struct, frozen=True, gc=False):
     in_doubt: bool = False  # sent, no usable answer, perhaps billed
     pushback: Pushback = "none"
     unreachable: bool = False  # nothing reached the endpoint: no row's fault
+    may_be_outage: bool = False  # a gateway's word for nobody behind it: seldom the row's fault
     alike: str = ""  # equal for failures of one cause; "" never ends a run early
+
+
+# When another row was answered last: while this attempt was on its way, earlier (also in an earlier
+# run), or never.
+Others = Literal["now", "before", "never"]
 
 
 class Tries(NamedTuple):

@@ -80,7 +80,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from batchrun.errors import StoppedEarly
 from batchrun.limits.breaker import NOBODY_THERE, Breaker, local_time
@@ -95,9 +95,12 @@ from batchrun.limits.gate import (
     Places,
 )
 from batchrun.limits.quota import Quota
-from batchrun.limits.window import Window
+from batchrun.limits.window import NEVER, Window
 from batchrun.types import Attempt, Bound, Decision, Request
 from batchrun.words import duration
+
+# A connection that fails so soon after an answer was one too many; later, and nobody may be there.
+SERVED_LATENCIES = 2.0
 
 
 class LimitSettings(Struct, frozen=True):
@@ -138,6 +141,7 @@ class Limits:
         self._models: dict[str, Model] = {}
         self._flights: dict[int, Flight] = {}  # id(request) ->, in the order of departure
         self._places = Places()
+        self._answered_at = -NEVER
         self._verdict: StoppedEarly | None = None
         self._held_by: Bound | None = None  # gate or quota held back the last request asked for
 
@@ -149,6 +153,11 @@ class Limits:
     @property
     def in_flight(self) -> int:
         return len(self._flights)
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether the endpoint seems to be away: one request at a time goes to see."""
+        return self._breaker.is_open
 
     def admit(self, request: Request, now: float) -> float:
         """Take the request (0.0), or say after how many seconds asking again is worth it."""
@@ -196,6 +205,7 @@ class Limits:
         flight = self._flights.pop(id(request))
         model = self._models[request.model]
         if decision.kind == "ok":
+            self._answered_at = now
             if self._breaker.since is not None or not self._breaker.answered:
                 self._alive(now)
             window.answered(flight.admitted_at, flight.delivered, flight.ahead, now)
@@ -318,6 +328,9 @@ class Limits:
         breaker = self._breaker
         if attempt.status is not None and attempt.status not in NOBODY_THERE:
             breaker.answered = True
+        if decision.unreachable and self._others_are_served(flight):
+            # A server that is full, not one that is away.
+            decision = structs.replace(decision, pushback="capacity")
         refused = decision.kind == "rate_limit" or decision.pushback != "none"
         served = self._served_beside(flight) if refused else 0
         if decision.kind == "rate_limit" or served:
@@ -337,6 +350,9 @@ class Limits:
         flight_s = now - flight.admitted_at
         if decision.kind == "timeout" and flight_s < TIMEOUT_LATENCIES * self._window.latency_s:
             self._window.overloaded(flight.admitted_at, decision.code, now)
+
+    def _others_are_served(self, flight: Flight) -> bool:
+        return self._answered_at > flight.admitted_at - SERVED_LATENCIES * self._window.latency_s
 
     def _served_beside(self, refused: Flight) -> int:
         """How many had their place when this one found none."""

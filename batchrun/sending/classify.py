@@ -94,9 +94,9 @@ def _unreadable(attempt: Attempt, status: int) -> Decision:
     return _unusable("bad_json", f"answered {status} with something that is not whole JSON{words}")
 
 
-def _unusable(code: str, reason: str) -> Decision:
+def _unusable(code: str, reason: str, *, sent: bool = True) -> Decision:
     return Decision(
-        kind="invalid_response", code=code, reason=reason, in_doubt=True, alike=f"200|{code}|"
+        kind="invalid_response", code=code, reason=reason, in_doubt=sent, alike=f"200|{code}|"
     )
 
 
@@ -160,6 +160,6 @@ _FAILED: Final[Mapping[Failure, Callable[[Attempt], Decision]]] = {
         "bad_encoding", "the body of the answer cannot be decompressed", kind="invalid_response"
     ),
     "not_utf8": lambda attempt: _unusable(
-        "not_utf8", f"answered {attempt.status} with text that is not UTF-8"
+        "not_utf8", f"answered {attempt.status} with text that is not UTF-8", sent=attempt.sent
     ),
 }

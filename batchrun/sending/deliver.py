@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 from batchrun.config import RunConfig
 from batchrun.console import Progress, Snapshot
 from batchrun.errors import EXIT_IO, BatchrunError
-from batchrun.journal import Journal
+from batchrun.journal import Held, Journal
 from batchrun.sending.desk import JournalDesk
 from batchrun.sending.meter import Meter, Totals
 from batchrun.sending.pool import Pool
@@ -65,7 +65,9 @@ async def deliver(
 ) -> Delivered:
     """Send the job's requests until they are settled or something ends the run."""
     desk = JournalDesk(journal, endpoint.host, abort_after=job.config.abort_after)
-    sender = Sender(job.config, endpoint, desk, talk, one_model=job.one_model)
+    sender = Sender(
+        job.config, endpoint, desk, talk, one_model=job.one_model, answered=journal.count(Held.OK)
+    )
     meter = Meter(sender, desk.tally, job.before)
     with ThreadPoolExecutor(1, "batchrun-sync") as syncer:
         cause = await sender.run(

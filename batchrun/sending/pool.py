@@ -5,8 +5,7 @@ A request is in one of these places, and each is bounded:
     feed ──► worker ──► settled      read ahead by one thread, so many rows and bytes
                │ ▲
        parked ─┘ │     waits out its own back-off: a timer, no task and no worker
-       ready  ───┤     its wait is over: goes before new ones
-       lines  ───┘     waits for its model's quota or gate, first come first served
+       lines  ───┘     waits for its turn, or for its model's quota or gate
 
 A worker asleep would be a stalled slot (5 % failures with a second's back-off halve the throughput
 at 50 ms latency), so no worker ever sleeps while it holds a request. The pool knows no status code
@@ -16,6 +15,7 @@ and no file: it acts on Decisions, and everything it has to tell goes to its Des
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -23,13 +23,22 @@ from typing import Protocol, TypeAlias
 
 from batchrun.errors import BatchrunError
 from batchrun.sending.feed import Feed
-from batchrun.types import Attempt, Decision, Request, Tries, Verdict
+from batchrun.sending.lines import Lines, Rank
+from batchrun.types import Attempt, Decision, Others, Request, Tries, Verdict
 
 # More waiting rows than this say that the endpoint is the problem: no new row is taken.
 MIN_WAITING = 1000
 
 
 WAITING_PER_PLACE = 4
+
+
+# So many unsettled rows, or this share of those answered, may all fail for reasons of their own.
+# More that fail together at the end of a table tell of the endpoint.
+FEW_LEFT = 8
+
+
+FEW_LEFT_SHARE = 0.1
 
 
 class Admission(Protocol):
@@ -39,6 +48,8 @@ class Admission(Protocol):
     def window(self) -> int: ...
     @property
     def in_flight(self) -> int: ...
+    @property
+    def is_probing(self) -> bool: ...
     def admit(self, request: Request, now: float) -> float: ...
     def done(self, request: Request, attempt: Attempt, decision: Decision, now: float) -> None: ...
     def withdrawn(self, request: Request, now: float) -> None: ...
@@ -80,9 +91,11 @@ FIRST = Tries(attempts=1, in_doubt=0)
 
 
 class Persistence(Protocol):
-    """Remembers the failures of unsettled rows (``retry.Persistence``)."""
+    """Remembers the failures of unsettled rows (``patience.Persistence``)."""
 
-    def after(self, request: Request, decision: Decision) -> Verdict:
+    def after(
+        self, request: Request, decision: Decision, others: Others, *, few_left: bool
+    ) -> Verdict:
         """How a row goes on after a failed attempt; forgets it when it ends."""
 
     def resent(self, request: Request, times: int) -> None:
@@ -93,7 +106,10 @@ class Persistence(Protocol):
 
 
 class Pool:
-    """Runs the feed dry, or until ``stop``. One use; called on the loop's thread only."""
+    """Runs the feed dry, or until ``stop``. One use; called on the loop's thread only.
+
+    ``answered`` is how many rows earlier runs have answered.
+    """
 
     def __init__(
         self,
@@ -106,6 +122,7 @@ class Pool:
         desk: Desk,
         drain_s: float,
         one_model: bool,
+        answered: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._feed = feed
@@ -118,10 +135,9 @@ class Pool:
         self._one_model = one_model
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._ready: deque[Request] = deque()
-        self._lines: dict[str, deque[Request]] = {}
-        self._line_due: dict[str, float] = {}
-        self._line_timers: dict[str, asyncio.TimerHandle] = {}
+        self._lines = Lines(lambda wait_s: self._loop.call_later(wait_s, self._guarded, self.staff))
+        self._answered = answered
+        self._answered_s = -math.inf
         self._parked: dict[int, asyncio.TimerHandle] = {}
         self._idle: deque[asyncio.Future[None]] = deque()
         self._busy: dict[asyncio.Task[None], Request] = {}
@@ -155,12 +171,10 @@ class Pool:
             self.cause = cause
         self._cut_after(self._drain_s if drain_s is None else drain_s)
         self._feed.close()
-        for timer in (*self._parked.values(), *self._line_timers.values()):
+        for timer in self._parked.values():
             timer.cancel()
         self._parked.clear()
-        self._line_timers.clear()
         self._lines.clear()
-        self._ready.clear()
         self._check_finished()
 
     def _cut_after(self, drain_s: float) -> None:
@@ -182,7 +196,7 @@ class Pool:
     @property
     def waiting(self) -> int:
         """Rows that failed or were refused and wait for their turn."""
-        return len(self._parked) + len(self._ready) + sum(map(len, self._lines.values()))
+        return len(self._parked) + len(self._lines)
 
     def staff(self) -> None:
         """Wake or hire a worker where the window and the work allow; it does so for the next.
@@ -220,12 +234,9 @@ class Pool:
 
     def _has_work(self) -> bool:
         """Whether somebody who asks now may find something."""
-        if self._ready or (self._feed.rows and self._wants_new()):
+        if self._feed.rows and self._wants_new():
             return True
-        if not self._lines:
-            return False
-        now = self._clock()
-        return any(due <= now for due in self._line_due.values())
+        return bool(self._lines) and self._lines.has_due(self._clock())
 
     async def _work(self) -> None:
         task = asyncio.current_task()
@@ -265,15 +276,21 @@ class Pool:
             self._persistence.resent(request, attempt.resent)
             self._desk.resent(attempt.resent)
         window = self._admission.window
+        was_probing = bool(self._lines) and self._admission.is_probing
         self._admission.done(request, attempt, decision, attempt.ended_s)
         if decision.kind == "ok":
+            self._answered += 1
+            self._answered_s = attempt.ended_s
+            if self._lines:
+                # What held its model back may be over with this answer; what held all back, is.
+                self._lines.release(None if was_probing else request.model)
             tries = self._persistence.settle(request) or FIRST
             cause = self._desk.settled(request, attempt, decision, tries)
         else:
             cause = self._go_on(request, attempt, decision)
         if cause is not None:
             self.stop(cause)
-        if self._admission.window > window:
+        if self._admission.window > window or was_probing:
             self.staff()
 
     def _go_on(
@@ -282,17 +299,24 @@ class Pool:
         stays_pending = self.cause is not None and decision.kind != "rejected"
         if decision.kind == "fatal" or stays_pending:
             return self._desk.failed(request, decision, again=False)
-        verdict = self._persistence.after(request, decision)
+        others: Others = "before" if self._answered else "never"
+        if self._answered_s > attempt.started_s:
+            others = "now"
+        verdict = self._persistence.after(request, decision, others, few_left=self._few_left())
         if verdict.wait_s is None:
             return self._desk.settled(request, attempt, decision, verdict.tries)
         self._parked[request.row] = self._loop.call_later(
-            verdict.wait_s, self._guarded, self._unpark, request
+            verdict.wait_s, self._guarded, self._unpark, request, verdict.tries.attempts
         )
         return self._desk.failed(request, decision, again=True)
 
-    def _unpark(self, request: Request) -> None:
+    def _few_left(self) -> bool:
+        few = max(FEW_LEFT, FEW_LEFT_SHARE * self._answered)
+        return self._feed.exhausted and self.waiting + len(self._busy) <= few
+
+    def _unpark(self, request: Request, failures: int) -> None:
         del self._parked[request.row]
-        self._ready.append(request)
+        self._lines.join(request, "again" if failures == 1 else "stubborn")
         self.staff()
 
     def _take(self) -> Request | None:
@@ -301,61 +325,46 @@ class Pool:
         if self.cause is not None or admission.in_flight >= admission.window:
             return None
         now = self._clock()
-        if self._lines:
-            request = self._from_lines(now)
+        if not self._lines:
+            return self._take_new(now)
+        for rank in self._lines.order(is_probing=admission.is_probing):
+            request = self._take_new(now) if rank == "new" else self._from_lines(rank, now)
             if request is not None:
+                self._lines.went(rank)
                 return request
-        while True:
-            if self._ready:
-                request = self._ready.popleft()
-            elif self._wants_new():
-                request = self._feed.pop()
-                if request is None:
-                    return None
-            else:
-                return None
-            model = request.model
-            if model in self._lines:
-                self._lines[model].append(request)
-                continue
-            wait_s = admission.admit(request, now)
-            if wait_s <= 0.0:
-                return request
-            self._line_up(request, wait_s, now)
-
-    def _wants_new(self) -> bool:
-        # With one model, a new request would only join the line.
-        if self._lines and self._one_model:
-            return False
-        if not (self._lines or self._parked):
-            return True
-        return self.waiting < max(MIN_WAITING, WAITING_PER_PLACE * self._admission.window)
-
-    def _from_lines(self, now: float) -> Request | None:
-        for model, line in self._lines.items():
-            if self._line_due[model] > now:
-                continue
-            wait_s = self._admission.admit(line[0], now)
-            if wait_s > 0.0:
-                self._set_due(model, wait_s, now)
-                continue
-            request = line.popleft()
-            if not line:
-                del self._lines[model], self._line_due[model]
-                self._line_timers.pop(model).cancel()
-            return request
         return None
 
-    def _line_up(self, request: Request, wait_s: float, now: float) -> None:
-        model = request.model
-        self._lines[model] = deque((request,))
-        self._set_due(model, wait_s, now)
+    def _take_new(self, now: float) -> Request | None:
+        while self._wants_new():
+            request = self._feed.pop()
+            if request is None:
+                return None
+            if self._lines and self._lines.is_held(request.model, now):
+                self._lines.join(request, "fresh")
+                continue
+            wait_s = self._admission.admit(request, now)
+            if wait_s <= 0.0:
+                return request
+            self._lines.join(request, "fresh")
+            self._lines.hold(request.model, wait_s, now)
+        return None
 
-    def _set_due(self, model: str, wait_s: float, now: float) -> None:
-        if (timer := self._line_timers.get(model)) is not None:
-            timer.cancel()
-        self._line_due[model] = now + wait_s
-        self._line_timers[model] = self._loop.call_later(wait_s, self._guarded, self.staff)
+    def _wants_new(self) -> bool:
+        if not (self._lines or self._parked):
+            return True
+        # With one model, a second new request would only join the line.
+        if self._one_model and self._lines.has_fresh():
+            return False
+        return self.waiting < max(MIN_WAITING, WAITING_PER_PLACE * self._admission.window)
+
+    def _from_lines(self, rank: Rank, now: float) -> Request | None:
+        for request in self._lines.heads(rank, now):
+            wait_s = self._admission.admit(request, now)
+            if wait_s <= 0.0:
+                self._lines.leave(request, rank)
+                return request
+            self._lines.hold(request.model, wait_s, now)
+        return None
 
     async def _rest(self) -> bool:
         """Sleep until there may be work; False when there will be none."""
@@ -376,11 +385,11 @@ class Pool:
             return
         if self.cause is None:
             work_left = not self._feed.exhausted or self._feed.error is not None
-            if work_left or self._parked or self._ready or self._lines:
+            if work_left or self._parked or self._lines:
                 return
         self._finished.set()
 
-    def _guarded(self, act: Callable[..., None], *args: Request) -> None:
+    def _guarded(self, act: Callable[..., None], *args: object) -> None:
         """Run a timer's callback: the loop would log a bug in it, and the run wait for ever."""
         try:
             act(*args)
@@ -393,7 +402,8 @@ class Pool:
             task.cancel()
 
 
-# Contract §6: when several exit codes apply.
+# Where several causes end a run, the first of these gives the exit code: what makes the result
+# doubtful, what only a person can mend, who wanted it to end, and last what passes by itself.
 _PRECEDENCE = (1, 74, 4, 129, 130, 143, 75)
 
 

@@ -51,6 +51,10 @@ _CAPACITY_CODES: Final = frozenset(
 _OVERLOADED: Final = frozenset((498, 503, 529))
 
 
+# What gateways, proxies and CDNs say while the endpoint behind them is away.
+_NOBODY_BEHIND: Final = frozenset((502, 503, 504, 521, 522, 523))
+
+
 _MODEL_CODES: Final = frozenset(
     (
         "1500",
@@ -339,6 +343,7 @@ def _transient(said: Said) -> Decision:
         wait_s=named_wait(said.attempt),
         in_doubt=_may_be_billed(said),
         pushback="capacity" if said.status in _OVERLOADED else "none",
+        may_be_outage=said.attempt.status in _NOBODY_BEHIND,
     )
 
 

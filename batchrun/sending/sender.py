@@ -81,7 +81,8 @@ class EarlyEnd:
 class Sender:
     """Sends to one endpoint what fills the feed, and reports to ``desk``. One use.
 
-    ``talk`` hears why the pace changes, and of answers that an early end waits for.
+    ``talk`` hears why the pace changes, and of answers that an early end waits for. ``answered`` is
+    how many rows earlier runs have answered.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Sender:
         talk: Progress,
         *,
         one_model: bool,
+        answered: int = 0,
     ) -> None:
         settings = LimitSettings(
             concurrency=config.concurrency and min(config.concurrency, endpoint.room),
@@ -116,6 +118,7 @@ class Sender:
             desk=desk,
             drain_s=config.drain_s,
             one_model=one_model,
+            answered=answered,
         )
         self._drain_s = config.drain_s
         self._talk = talk

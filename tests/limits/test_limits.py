@@ -218,7 +218,8 @@ class Run:
             self._reply(row, NO_ANSWER, REFUSED_CONNECTION)
         elif server.refuses(self.now):
             headers = server.refusal_headers(server) if server.refusal_headers else {}
-            self._reply(row, attempt(now=self.now, status=429, headers=headers), server.refusal)
+            status = None if server.refusal.unreachable else 429
+            self._reply(row, attempt(now=self.now, status=status, headers=headers), server.refusal)
         elif server.busy < server.slots:
             self._serve(row)
         else:
@@ -1190,6 +1191,36 @@ def test_while_a_probe_is_out_nothing_else_leaves() -> None:
     assert limits.admit(request(51), 2.0) > 0.0
     limits.done(probe, ANSWER, OK, 2.5)
     assert limits.admit(request(51), 2.5) == 0.0
+
+
+def test_connections_refused_beside_answers_are_a_number_of_places() -> None:
+    run = Run(Server(4, queue=0, service_s=0.05, refusal=REFUSED_CONNECTION)).until(60)
+    assert run.rate(10, 60) >= 0.75 * 4 / 0.05
+    assert run.limits.window <= 8
+    assert run.limits.stop(60) is None
+
+
+@pytest.mark.parametrize(
+    ("brought", "decision", "wait_s"),
+    [
+        pytest.param(ANSWER, Decision("transient", code="cut"), 0.5, id="cut"),
+        pytest.param(attempt(status=500), BROKEN, 0.5, id="500"),
+        pytest.param(attempt(status=503), Decision("transient", may_be_outage=True), 2.0, id="503"),
+        pytest.param(NO_ANSWER, REFUSED_CONNECTION, 2.0, id="connect"),
+    ],
+)
+def test_a_probe_that_reached_somebody_is_soon_followed_by_the_next(
+    brought: Attempt, decision: Decision, wait_s: float
+) -> None:
+    limits = opened(Limits(LimitSettings()))
+    for row in fill(limits, 0.0)[:10]:
+        limits.done(row, brought, decision, 10.0)
+    assert limits.is_probing
+    for now in (11.0, 11.0 + wait_s):
+        probe = request(50)
+        assert limits.admit(probe, now) == 0.0
+        limits.done(probe, brought, decision, now)
+        assert limits.admit(request(51), now) >= wait_s
 
 
 def test_failures_of_one_row_are_not_an_outage() -> None:

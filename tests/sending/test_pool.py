@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import selectors
 import signal
 import threading
@@ -14,13 +15,16 @@ import pytest
 
 from batchrun.errors import BatchrunError, EndpointRefused, Interrupted, LocalIOError, StoppedEarly
 from batchrun.sending.feed import Feed
+from batchrun.sending.patience import MAX_REFUSALS, Persistence
 from batchrun.sending.pool import Pool
-from batchrun.types import Attempt, Decision, Request, Tries, Verdict
+from batchrun.types import Attempt, Decision, Others, Request, Tries, Verdict
 
 T = TypeVar("T")
 OK = Decision("ok")
 PASSING = Decision("transient", code="500")
 FATAL = Decision("fatal", code="unauthorized")
+REFUSED = Decision("rate_limit", code="429")
+GATEWAY = Decision("transient", code="502", may_be_outage=True)
 
 
 class _Jump(selectors.SelectSelector):
@@ -66,6 +70,7 @@ class Gates:
 
     def __init__(self, window: int = 4) -> None:
         self.window = window
+        self.is_probing = False
         self.in_flight = 0
         self.peak = 0
         self.opens: dict[str, float] = {}
@@ -96,9 +101,13 @@ class Patience:
     def __init__(self, wait_s: float = 1.0, tries: int = 1_000_000) -> None:
         self.wait_s, self.tries = wait_s, tries
         self.attempts: Counter[int] = Counter()
+        self.told: list[tuple[int, Others, bool]] = []
 
-    def after(self, request: Request, decision: Decision) -> Verdict:
+    def after(
+        self, request: Request, decision: Decision, others: Others, *, few_left: bool
+    ) -> Verdict:
         self.attempts[request.row] += 1
+        self.told.append((request.row, others, few_left))
         tries = Tries(self.attempts[request.row], 0)
         if self.attempts[request.row] >= self.tries:
             return Verdict(None, tries)
@@ -156,9 +165,10 @@ class Fake:
         window: int = 4,
         latency_s: float = 1.0,
         judge: Callable[[Request], Decision] = lambda r: OK,
-        patience: Patience | None = None,
+        patience: Patience | Persistence | None = None,
         drain_s: float = 25.0,
         one_model: bool = True,
+        answered: int = 0,
         book: Book | None = None,
         gates: Gates | None = None,
     ) -> None:
@@ -181,6 +191,7 @@ class Fake:
             desk=self.book,
             drain_s=drain_s,
             one_model=one_model,
+            answered=answered,
             clock=asyncio.get_running_loop().time,
         )
 
@@ -188,7 +199,7 @@ class Fake:
         self.started.setdefault(request.row, self.now)
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
-        return attempt()
+        return Attempt(200, {}, b"{}", self.now - self.latency_s, self.now, 0)
 
     @property
     def now(self) -> float:
@@ -373,6 +384,155 @@ def test_no_new_row_is_taken_while_too_many_wait() -> None:
         await fake.pool.run()
         assert len(fake.book.settled_rows) == 5000
         assert 1000 <= most <= 1000 + 8
+
+    run(story())
+
+
+class Closing(Gates):
+    """Each refusal closes the model's gate for a second, as one with Retry-After does."""
+
+    def done(self, request: Request, attempt: Attempt, decision: Decision, now: float) -> None:
+        super().done(request, attempt, decision, now)
+        if decision.kind == "rate_limit":
+            self.opens[request.model] = now + 1.0
+
+
+def test_rows_that_are_refused_whatever_happens_keep_no_other_from_leaving() -> None:
+    async def story() -> None:
+        fake = Fake(
+            map(request, range(30)),
+            window=1,
+            latency_s=0.01,
+            judge=lambda r: REFUSED if r.row < 3 else OK,
+            gates=Closing(1),
+        )
+        fake.at(100.0, lambda: fake.pool.stop(StoppedEarly("enough")))
+        await fake.pool.run()
+        assert sorted(row for row, _ in fake.book.settled_rows) == list(range(3, 30))
+        assert max(fake.started.values()) < 40.0
+        # Nor are they forgotten.
+        assert len(fake.book.sent) > 60
+
+    run(story())
+
+
+def persistence(max_retries: int = 5) -> Persistence:
+    return Persistence(max_retries=max_retries, max_in_doubt_retries=2, rng=random.Random(7))
+
+
+@pytest.mark.parametrize("alone", [{150}, {299}, {0, 150, 299}, set(range(20))])
+@pytest.mark.parametrize("wait_s", [None, 1.0], ids=["bare", "Retry-After"])
+def test_a_row_refused_for_ever_ends_when_the_others_are_done(
+    wait_s: float | None, alone: set[int]
+) -> None:
+    async def story() -> None:
+        refused = Decision("rate_limit", code="429", wait_s=wait_s)
+        fake = Fake(
+            map(request, range(300)),
+            judge=lambda r: refused if r.row in alone else OK,
+            patience=persistence(),
+        )
+        assert await fake.pool.run() is None
+        assert {row for row, code in fake.book.settled_rows if code == "429"} == alone
+        assert all(fake.book.tries[row].attempts >= MAX_REFUSALS for row in alone)
+        assert fake.now < 200.0
+
+    run(story())
+
+
+def test_a_row_refused_for_ever_ends_though_nothing_else_is_left_to_send() -> None:
+    async def story(answered: int) -> float:
+        fake = Fake(
+            [request(0)], judge=lambda r: REFUSED, patience=persistence(), answered=answered
+        )
+        fake.at(1000.0, lambda: fake.pool.stop(StoppedEarly("enough")))
+        await fake.pool.run()
+        return fake.now
+
+    assert run(story(299)) < 120.0
+    # Where nothing was ever answered, it may be the endpoint.
+    assert run(story(0)) == 1000.0
+
+
+def test_a_failing_row_is_known_to_be_alone_or_not() -> None:
+    async def story() -> list[tuple[int, Others, bool]]:
+        patience = Patience(wait_s=30.0, tries=2)
+        fake = Fake(
+            map(request, range(100)),
+            window=1,
+            judge=lambda r: PASSING if r.row in {0, 40, 99} else OK,
+            patience=patience,
+        )
+        await fake.pool.run()
+        return patience.told
+
+    assert run(story()) == [
+        (0, "never", False),
+        (0, "before", False),
+        (40, "before", False),
+        (40, "before", False),
+        (99, "before", True),
+        (99, "before", True),
+    ]
+
+
+@pytest.mark.parametrize("decision", [GATEWAY, Decision("transient", unreachable=True)])
+def test_an_outage_in_the_middle_ends_no_row(decision: Decision) -> None:
+    async def story() -> None:
+        fake = Fake(
+            map(request, range(400)),
+            latency_s=0.1,
+            judge=lambda r: decision if 3.0 < fake.now < 60.0 else OK,
+            patience=persistence(max_retries=1),
+        )
+        assert await fake.pool.run() is None
+        assert sorted(fake.book.settled_rows) == [(row, "") for row in range(400)]
+
+    run(story())
+
+
+def test_a_gateway_that_fails_one_row_while_others_are_answered_ends_it() -> None:
+    async def story() -> None:
+        fake = Fake(
+            map(request, range(300)),
+            judge=lambda r: GATEWAY if r.row == 7 else OK,
+            patience=persistence(max_retries=3),
+        )
+        assert await fake.pool.run() is None
+        assert (7, "502") in fake.book.settled_rows
+        assert fake.book.tries[7].attempts == 4
+
+    run(story())
+
+
+def test_while_the_endpoint_seems_to_be_away_rows_that_never_failed_go_first() -> None:
+    async def story() -> None:
+        fake = Fake(
+            map(request, range(20)),
+            window=1,
+            judge=lambda r: PASSING if fake.now < 6.5 else OK,
+            patience=Patience(wait_s=0.5),
+        )
+        fake.at(1.5, lambda: setattr(fake.gates, "is_probing", True))
+        fake.at(8.5, lambda: setattr(fake.gates, "is_probing", False))
+        await fake.pool.run()
+        assert fake.book.sent[:8] == list(range(8))
+        assert len(fake.book.settled_rows) == 20
+
+    run(story())
+
+
+def test_an_answer_lets_its_model_ask_again_before_its_time() -> None:
+    class Contradicted(Gates):
+        def done(self, request: Request, attempt: Attempt, decision: Decision, now: float) -> None:
+            super().done(request, attempt, decision, now)
+            self.opens.clear()
+
+    async def story() -> None:
+        fake = Fake(map(request, range(8)), window=2, latency_s=1.0, gates=Contradicted(2))
+        fake.gates.pace["m"] = 1000.0
+        await fake.pool.run()
+        assert fake.now == 8.0
 
     run(story())
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from batchrun.chat.reply import parse
 from batchrun.sending.classify import NEXT_STEPS, OK, classify
 from batchrun.sending.patience import (
+    LONGEST_ALONE_S,
     LONGEST_BACKOFF_S,
     MAX_REFUSALS,
     GiveUp,
@@ -965,6 +966,7 @@ PASSING = [
             wait_s=None,
             alike="",
             unreachable=False,
+            may_be_outage=status in (502, 503, 504, 521, 522, 523),
         )
         for status, in_doubt, pushback in (
             (500, False, "none"),
@@ -1473,6 +1475,7 @@ TRANSIENT = Decision(kind="transient", code="500")
 DOUBTFUL = Decision(kind="timeout", code="timeout", in_doubt=True)
 REFUSED = Decision(kind="rate_limit", code="1300")
 REJECTED = Decision(kind="rejected", code="400")
+GATEWAY = Decision(kind="transient", code="502", may_be_outage=True)
 
 
 def policy(max_retries: int = 5, max_in_doubt: int = 2, max_wait_s: float = 600.0) -> Policy:
@@ -1648,6 +1651,45 @@ def test_refusals_end_a_row_only_while_others_of_its_model_are_answered() -> Non
 
     assert refusals("b", 100) == 100
     assert refusals("a", 100) <= MAX_REFUSALS + 1
+
+
+def test_a_row_alone_is_refused_20_times_and_soon_again() -> None:
+    memory = persistence()
+    waits = [memory.after(request(), REFUSED, "before", few_left=True).wait_s for _ in range(20)]
+    assert waits.pop() is None
+    assert sum(wait_s for wait_s in waits if wait_s is not None) < 20 * LONGEST_ALONE_S
+    # Without any answer, of this run or of an earlier one, it is the endpoint that refuses.
+    waits = [memory.after(request(), REFUSED, "never", few_left=True).wait_s for _ in range(100)]
+    assert None not in waits
+
+
+def test_an_outage_uses_up_no_retries() -> None:
+    memory, last = persistence(max_retries=1), request(row=0)
+    for _ in range(100):
+        assert memory.after(last, GATEWAY, "before").wait_s is not None
+    # It is over: others are answered again, and what fails now is the row.
+    memory.settle(request(row=1))
+    assert memory.after(last, GATEWAY, "before").wait_s is not None
+    assert memory.after(last, GATEWAY, "now").wait_s is None
+
+
+def test_before_any_answer_a_gateways_error_is_the_rows() -> None:
+    memory = persistence(max_retries=1)
+    assert memory.after(request(), GATEWAY, "never").wait_s is not None
+    assert memory.after(request(), GATEWAY, "never").wait_s is None
+
+
+def test_a_row_alone_with_a_gateways_error_ends_too() -> None:
+    memory = persistence(max_retries=1)
+    verdicts = [memory.after(request(), GATEWAY, "before", few_left=True) for _ in range(20)]
+    assert [verdict.wait_s is None for verdict in verdicts] == [False] * 19 + [True]
+
+
+def test_an_outage_is_no_reason_to_pay_more_often() -> None:
+    memory = persistence(max_in_doubt_retries=1)
+    doubtful = Decision(kind="transient", code="504", in_doubt=True, may_be_outage=True)
+    assert memory.after(request(), doubtful, "before").wait_s is not None
+    assert memory.after(request(), doubtful, "before") == (None, (2, 2, True))
 
 
 def test_what_was_answered_before_the_first_refusal_does_not_count() -> None:
