@@ -11,7 +11,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import msgspec
 
@@ -86,28 +86,20 @@ def make_private(directory: Path) -> bool:
     return True
 
 
-def write_all(fd: int, *parts: bytes | memoryview) -> None:
-    for part in parts:
-        rest = memoryview(part)
-        while rest:
-            rest = rest[os.write(fd, rest) :]
+@contextlib.contextmanager
+def writing(path: Path, temporary: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """A private file that is at ``path`` when the block ends well, and else never existed.
 
-
-def write_whole(
-    path: Path, temporary: Path, *parts: bytes | memoryview, durable: bool = False
-) -> None:
-    """Put a private file at ``path`` in one step: a reader finds the old one or the new one.
-
-    ``durable`` makes its bytes so; the name is durable when the directory is synced.
+    It appears in one step: a reader finds the old one or the new one. ``durable`` makes its bytes
+    so; the name is durable when the directory is synced.
     """
-    fd = create(temporary, 0o600)
+    file = os.fdopen(create(temporary, 0o600), "wb")
     try:
-        try:
-            write_all(fd, *parts)
+        with file:
+            yield file
+            file.flush()
             if durable:
-                make_durable(fd)
-        finally:
-            os.close(fd)
+                make_durable(file.fileno())
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -115,25 +107,45 @@ def write_whole(
         raise
 
 
+def write_whole(
+    path: Path, temporary: Path, *parts: bytes | memoryview, durable: bool = False
+) -> None:
+    """``writing`` of what is in memory."""
+    with writing(path, temporary, durable=durable) as file:
+        file.writelines(parts)
+
+
+def to_json(value: msgspec.Struct, *, strict: bool = False) -> bytes:
+    """JSON of what may hold file names that are no UTF-8.
+
+    ``from_json`` gives them back; ``strict`` has U+FFFD in them, so that any reader takes it.
+    """
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.to_builtins(value), ensure_ascii=not strict)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
 _T = TypeVar("_T")
+
+
+def from_json(text: bytes, kind: type[_T]) -> _T:
+    """What ``to_json`` wrote; ValueError or RecursionError when it is no such thing."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except ValueError:
+        return msgspec.convert(json.loads(text), type=kind)
 
 
 def write_json(path: Path, value: msgspec.Struct) -> None:
     """Put ``value`` in the place of ``path``, whole, for ``read_json``."""
-    try:
-        text = msgspec.json.encode(value)
-    except UnicodeEncodeError:  # a file name need not be UTF-8
-        text = json.dumps(msgspec.to_builtins(value)).encode()
-    write_whole(path, path.with_name(f"{path.name}.new"), text)
+    write_whole(path, path.with_name(f"{path.name}.new"), to_json(value))
 
 
 def read_json(path: Path, kind: type[_T]) -> _T:
     """What ``write_json`` wrote; OSError, ValueError or RecursionError when that cannot be."""
-    text = read_regular(path)
-    try:
-        return msgspec.json.decode(text, type=kind)
-    except (msgspec.MsgspecError, ValueError):
-        return msgspec.convert(json.loads(text), type=kind)
+    return from_json(read_regular(path), kind)
 
 
 class Seen(NamedTuple):

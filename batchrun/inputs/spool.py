@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.errors import LocalIOError, UsageError
-from batchrun.files import make_durable
+from batchrun.files import writing
 from batchrun.inputs.rows import READ_BYTES
 from batchrun.journal import StateDir
 
@@ -40,17 +39,11 @@ def spool(source: BinaryIO | RowsOrTable, directory: Path) -> Path:
 
 def _kept(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """``path``, written whole or not at all, and durable."""
+    temporary = path.with_name(f".spool-{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".spool-", delete=False) as file:
-            try:
-                write(file)  # type: ignore[arg-type]  # its wrapper is a BinaryIO in all but name
-                file.flush()
-                make_durable(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with writing(path, temporary, durable=True) as file:
+            write(file)
     except OSError as exc:
         raise LocalIOError(f"{path}: cannot keep the input there: {exc.strerror or exc}") from exc
     return path

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, TypeAlias
 
 import msgspec
 import pyarrow as pa
 from msgspec import Struct
 
-from batchrun.outputs.rows import clean
+from batchrun.files import from_json, to_json
 from batchrun.summary import ErrorCount, RowCounts, TokenCounts
 
 FOOTER_KEY = b"batchrun"
@@ -54,16 +53,13 @@ class Footer(Struct, frozen=True, kw_only=True):
 
 
 def footer_json(footer: Footer) -> bytes:
-    try:
-        return msgspec.json.encode(footer)
-    except UnicodeEncodeError:  # a file name need not be UTF-8
-        return clean(json.dumps(msgspec.to_builtins(footer), ensure_ascii=False)).encode()
+    return to_json(footer, strict=True)
 
 
 def footer(text: bytes) -> Footer | None:
     try:
-        found = msgspec.json.decode(text, type=Footer)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+        found = from_json(text, Footer)
+    except (ValueError, RecursionError):
         return None
     if found.rows.total is None:  # version 0.1 did not say it
         found.rows.total = found.rows.ok + found.rows.error

@@ -22,8 +22,8 @@ PIECE_ROWS = 1_024
 PIECE_BYTES = 4_000_000
 
 
-# Stands for a row that never became a request, and alone has no hash: but for its code, every
-# column it fills is null or zero.
+# Stands for a row that never became a request, and alone has no hash: but for its code
+# and message, every column it fills is null or zero.
 _NOT_SENT = Outcome(
     hash=b"",
     occurrence=0,
