@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -23,19 +21,18 @@ from batchrun.files import (
     open_regular,
     opened,
     reporting,
-    sync_directory,
 )
 from batchrun.journal import records
+from batchrun.journal.group_sync import GroupSync
 from batchrun.journal.kept_table import (
     Covered,
     ends_of,
     write_table,
 )
+from batchrun.journal.reader import Reader
 from batchrun.journal.recovery import (
     check_version,
     create_first_segment,
-    damaged,
-    misplaced,
     repair,
     replay,
 )
@@ -45,23 +42,6 @@ from batchrun.journal.state import StateDir
 from batchrun.types import Outcome
 
 SEGMENT_BYTES = 256 << 20
-
-
-_LONGEST = 1 << 33  # more than any length field says
-
-
-# Holds a usual record whole, so that reading one is one system call.
-_READ_AHEAD = 4096
-
-
-# Reading over what lies between two records is cheaper than a system call for each, up to here.
-_WIDEST_GAP = 16 << 10
-
-
-_RUN_BYTES = 256 << 10
-
-
-_MOST_OPEN_SEGMENTS = 16
 
 
 # Fewer are replayed in no time, and a replay finds damage at once, not when a body is read.
@@ -92,7 +72,6 @@ class Journal:
         self._writable = writable
         self._buffer = bytearray()
         self._pending: list[_Pending] = []
-        self._readers: dict[int, int] = {}
         self._fd = -1
         self._to_seal: list[int] = []
         self._failure: LocalIOError | None = None
@@ -151,12 +130,13 @@ class Journal:
         self.recovery = recovery
         self.imported = contents.imported
         self._table = contents.table
+        self._reader = Reader(self._state, contents.header.run_id, contents.table)
         self._segment = len(contents.sizes)
         self._size = contents.sizes[-1]
         self._salt = records.salt_of(self.header.run_id, self._segment)
         self._durable = contents.durable
         self._dirty = False
-        self._syncing: _Sync | None = None
+        self._syncing: GroupSync | None = None
 
     def _continue_last_segment(self) -> None:
         path = self._state.segment(self._segment)
@@ -249,89 +229,11 @@ class Journal:
 
         Raises JournalDamaged when the record is not whole, or is not of this request.
         """
-        if self._table.held(slot) is Held.NEW:
-            raise KeyError(slot)
-        segment, offset = divmod(self._table.position(slot), 1 << records.OFFSET_BITS)
-        try:
-            outcome = self._read_one(segment, offset)
-        except OSError as exc:
-            raise io_error(self._state.segment(segment), "read", exc) from exc
-        self._check_theirs((slot,), (outcome,))
-        return outcome
+        return self._reader.read(slot)
 
     def read_all(self, slots: Sequence[int]) -> list[Outcome | None]:
-        """The outcomes of several slots, in their order; None for a NEW one.
-
-        Rows end in about the order they were sent, so what a slice of the input needs lies close
-        together: it is read in blocks, which costs a third of reading record by record.
-        """
-        outcomes: list[Outcome | None] = [None] * len(slots)
-        positions, places = self._table.kept(slots)
-        at = 0
-        while at < len(positions):
-            end = _end_of_run(positions, at)
-            segment = positions[at] >> records.OFFSET_BITS
-            try:
-                self._read_run(segment, positions[at:end], places[at:end], outcomes)
-            except OSError as exc:
-                raise io_error(self._state.segment(segment), "read", exc) from exc
-            at = end
-        self._check_theirs(slots, outcomes)
-        return outcomes
-
-    def _check_theirs(self, slots: Sequence[int], outcomes: Sequence[Outcome | None]) -> None:
-        """Whatever misled the table: nobody is given the answer to another request."""
-        table = self._table
-        # In one go: this runs for every row that is published.
-        firsts = [each.hash for each in outcomes if each is not None and not each.occurrence]
-        if table.are_first_of(firsts, slots):
-            return
-        for slot, outcome in zip(slots, outcomes, strict=True):
-            if outcome is None:
-                continue
-            if (outcome.hash, outcome.occurrence) != (table.hash(slot), table.occurrence(slot)):
-                segment, offset = divmod(table.position(slot), 1 << records.OFFSET_BITS)
-                raise misplaced(self._state.segment(segment), offset)
-
-    def _read_run(
-        self,
-        segment: int,
-        positions: list[int],
-        places: list[int],
-        outcomes: list[Outcome | None],
-    ) -> None:
-        """Decode what lies at these positions of one segment into its places."""
-        salt, base, outcome_at = self._salt_of(segment), positions[0], records.outcome_at
-        start = base & records.LAST_OFFSET
-        block = os.pread(self._reader(segment), positions[-1] - base + _READ_AHEAD, start)
-        for position, place in zip(positions, places, strict=True):
-            outcome = outcome_at(block, position - base, salt)
-            if outcome is None:  # longer than the block, or not whole
-                outcome = self._read_one(segment, position & records.LAST_OFFSET)
-            outcomes[place] = outcome
-
-    def _read_one(self, segment: int, offset: int) -> Outcome:
-        fd = self._reader(segment)
-        frame = os.pread(fd, _READ_AHEAD, offset)
-        end = records.frame_end(frame, 0, _LONGEST)
-        if end > len(frame):
-            frame = os.pread(fd, end, offset)
-        outcome = records.outcome_at(frame, 0, self._salt_of(segment))
-        if outcome is None:
-            raise damaged(self._state.segment(segment), offset)
-        return outcome
-
-    def _salt_of(self, segment: int) -> int:
-        return records.salt_of(self.header.run_id, segment)
-
-    def _reader(self, segment: int) -> int:
-        fd = self._readers.get(segment)
-        if fd is None:
-            if len(self._readers) >= _MOST_OPEN_SEGMENTS:
-                os.close(self._readers.pop(next(iter(self._readers))))
-            fd = open_regular(self._state.segment(segment), os.O_RDONLY)
-            self._readers[segment] = fd
-        return fd
+        """The outcomes of several slots, in their order; None for a NEW one."""
+        return self._reader.read_all(slots)
 
     # ── what happens ─────────────────────────────────────────────────────────────────────────────
 
@@ -444,7 +346,7 @@ class Journal:
         self._to_seal.append(self._fd)
         sealed_bytes = self._size
         self._fd, self._size, self._segment = fd, 0, self._segment + 1
-        self._salt = self._salt_of(self._segment)
+        self._salt = records.salt_of(self.header.run_id, self._segment)
         self._write(
             records.frame_of(records.SEALED, records.POSITION.pack(sealed_bytes), self._salt)
         )
@@ -460,7 +362,7 @@ class Journal:
             return None
         self._dirty = False
         sealing, self._to_seal = self._to_seal, []
-        self._syncing = _Sync(
+        self._syncing = GroupSync(
             sealing,
             self._fd,
             records.position_of(self._segment, self._size),
@@ -501,9 +403,9 @@ class Journal:
         if self._syncing is not None:
             self._syncing.abandon()
             self._syncing = None
-        fds = [self._fd, *self._to_seal, *self._readers.values()]
+        fds = [self._fd, *self._to_seal]
         self._fd, self._to_seal = -1, []
-        self._readers.clear()
+        self._reader.close()
         for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
@@ -549,56 +451,3 @@ class Journal:
         with reporting(self._state.path, "begin a journal"):
             self._state.clear_journal()
             self._begin(header)
-
-
-def _end_of_run(positions: list[int], at: int) -> int:
-    """Up to where positions, ascending, are read at once: they lie close together, or it is one."""
-    end = bisect_right(positions, positions[at] + _RUN_BYTES, at)
-    between = positions[end - 1] - positions[at]
-    return end if between <= (end - at) * _WIDEST_GAP else at + 1
-
-
-class _Sync:
-    """One group of records being made durable, by whichever thread comes first."""
-
-    def __init__(
-        self,
-        sealing: list[int],
-        current: int,
-        position: int,
-        state: Path,
-        fail: Callable[[str, OSError], NoReturn],
-    ) -> None:
-        self.position = position
-        self._sealing = sealing
-        self._current = current
-        self._state = state
-        self._fail = fail
-        self._lock = threading.Lock()
-        self._ended = False
-
-    def __call__(self) -> None:
-        """Do it, unless it is done. Its files stay open until then, whatever the writer does."""
-        with self._lock:
-            if self._ended:
-                return
-            self._ended = True
-            try:
-                for fd in (*self._sealing, self._current):
-                    make_durable(fd)
-                if self._sealing:
-                    sync_directory(self._state)
-            except OSError as exc:
-                self._fail("fsync", exc)
-            finally:
-                self._close()
-
-    def abandon(self) -> None:
-        """Wait for a thread that is in it, and let no other begin."""
-        with self._lock:
-            self._ended = True
-            self._close()
-
-    def _close(self) -> None:
-        while self._sealing:
-            os.close(self._sealing.pop())

@@ -24,6 +24,7 @@ from msgspec.structs import replace
 
 from batchrun import files
 from batchrun.errors import JournalDamaged, LocalIOError
+from batchrun.journal import group_sync as group_sync_room
 from batchrun.journal import journal as journal_room
 from batchrun.journal import kept_table as kept_table_room
 from batchrun.journal.journal import SEGMENT_BYTES, Journal
@@ -974,7 +975,8 @@ def test_what_a_killed_process_left_is_made_durable_by_the_next(
         synced.add(names.get(os.fstat(fd).st_ino))
         make_durable(fd)
 
-    monkeypatch.setattr(journal_room, "make_durable", watched)
+    for room in (journal_room, group_sync_room):
+        monkeypatch.setattr(room, "make_durable", watched)
     with opened(state) as journal:
         journal.sync()
         assert set(names.values()) <= synced
