@@ -21,12 +21,11 @@ from batchrun.journal import StateDir
 RowsOrTable: TypeAlias = Iterable[Mapping[str, object]] | pa.Table
 
 
-def spool(source: BinaryIO | RowsOrTable, directory: Path) -> Path:
+def spool(source: BinaryIO | RowsOrTable, state: StateDir) -> Path:
     """Keep an input that cannot be read twice: a stream, dicts, or an Arrow table.
 
     The file appears whole, where ``StateDir.spool`` finds it.
     """
-    state = StateDir(directory)
     if isinstance(source, pa.Table):
         path = _kept(state.table_spool, partial(pq.write_table, source))
     elif hasattr(source, "read"):

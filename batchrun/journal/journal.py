@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from batchrun.errors import LocalIOError
@@ -77,26 +76,27 @@ class Journal:
         self._failure: LocalIOError | None = None
 
     @classmethod
-    def open(cls, state: Path, header: Header, *, segment_bytes: int = SEGMENT_BYTES) -> Journal:
+    def open(
+        cls, state: StateDir, header: Header, *, segment_bytes: int = SEGMENT_BYTES
+    ) -> Journal:
         """Continue the journal in this directory, repaired, or begin one with this header.
 
         Raises JournalDamaged when records that were durable are not whole, LocalIOError otherwise.
         """
-        directory = StateDir(state)
-        self = cls(directory, segment_bytes, writable=True)
-        with reporting(state, "open the journal"):
-            make_private(state)
-            directory.finish_removal()
-            contents = replay(directory)
-            directory.forget_unfinished_table()
+        self = cls(state, segment_bytes, writable=True)
+        with reporting(state.path, "open the journal"):
+            make_private(state.path)
+            state.finish_removal()
+            contents = replay(state)
+            state.forget_unfinished_table()
             # Before anything is appended: once the segments have grown, it might be believed.
             if contents is None or not contents.from_table:
-                directory.forget_table()
+                state.forget_table()
             if contents is None:
                 self._begin(header)
                 return self
-            check_version(directory, contents.header, header)
-            self._adopt(contents, repair(directory, contents))
+            check_version(state, contents.header, header)
+            self._adopt(contents, repair(state, contents))
             self._continue_last_segment()
             self._note_unsynced(contents.durable)
             if contents.events > max(_FEWEST_KEPT, len(self._table) // _WORTH_KEEPING):
@@ -105,17 +105,16 @@ class Journal:
         return self
 
     @classmethod
-    def peek(cls, state: Path) -> Journal | None:
+    def peek(cls, state: StateDir) -> Journal | None:
         """A snapshot to read from, also beside a running process; None where there is no journal.
 
         Repairs nothing. A torn tail is a record on its way, and not counted.
         """
-        directory = StateDir(state)
-        with reporting(state, "read the journal"):
-            contents = replay(directory)
+        with reporting(state.path, "read the journal"):
+            contents = replay(state)
         if contents is None:
             return None
-        self = cls(directory, SEGMENT_BYTES, writable=False)
+        self = cls(state, SEGMENT_BYTES, writable=False)
         self._adopt(contents, Recovery())
         return self
 

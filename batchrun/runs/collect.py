@@ -35,7 +35,7 @@ def collect(output: str, state_dir: Path | None = None, target: str | None = Non
         raise UsageError(f"{output or 'nothing'}: not the name of an output")
     target = target or str(outputs.partial_of(Path(output)))
     state = state_of(output, state_dir)
-    book = Journal.peek(state.path)
+    book = Journal.peek(state)
     if book is None:
         return _converted(output, target)
     with closing(book):

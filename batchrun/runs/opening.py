@@ -103,7 +103,7 @@ def _resolve(begun: Begun, rows: RowsOrTable | None) -> Resolved:
     spool = None
     if STDIN in config.inputs:
         source = process.stdin(begun.stop.check) if rows is None else rows
-        spool = inputs.spool(source, state.path)
+        spool = inputs.spool(source, state)
     output = None if config.to_stdout else Path(config.output)
     found = inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
     state.check_apart(each.path for each in found.files if each.path != spool)
@@ -158,7 +158,7 @@ def open_journal(begun: Begun, found: Found) -> Opened:
     """
     continues = begun.state.has_journal()
     header = _header(begun, found)
-    book = Journal.open(begun.state.path, header)
+    book = Journal.open(begun.state, header)
     try:
         set_aside = None
         notes: list[str] = []

@@ -49,7 +49,7 @@ def _unfinished(output: str, state: StateDir, holder: Holder | None) -> StatusFa
         # reading that would slow it down. One that was killed said nothing at its end.
         rows = RowCounts(total=told.total, ok=told.ok, error=told.failed, pending=told.pending)
     else:
-        rows = _held_rows(state.path, told.total if told else None)
+        rows = _held_rows(state, told.total if told else None)
     return StatusFacts(
         state="running" if holder is not None else "stopped",
         output=output,
@@ -71,7 +71,7 @@ def _unfinished(output: str, state: StateDir, holder: Holder | None) -> StatusFa
     )
 
 
-def _held_rows(state: Path, total: int | None) -> RowCounts:
+def _held_rows(state: StateDir, total: int | None) -> RowCounts:
     book = Journal.peek(state)
     if book is None:
         return RowCounts(total=total)

@@ -10,7 +10,7 @@ from batchrun import chat, inputs, outputs, process
 from batchrun.chat import Invalid
 from batchrun.config import STDIN, RunConfig
 from batchrun.console import BadRowFacts, ValidateFacts
-from batchrun.journal import SlotTable
+from batchrun.journal import SlotTable, StateDir
 from batchrun.runs.asking import prompt_settings
 from batchrun.runs.facts import file_facts
 from batchrun.runs.plan import notes
@@ -25,7 +25,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
     with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
         spool = None
         if STDIN in config.inputs:
-            spool = inputs.spool(process.stdin(never_stop), Path(directory))
+            spool = inputs.spool(process.stdin(never_stop), StateDir(Path(directory)))
         files, skipped = inputs.resolve(config.inputs, config.input_format, spool=spool)
         settings = prompt_settings(config)
         sources = lay_out(files, settings, config)

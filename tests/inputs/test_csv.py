@@ -21,6 +21,7 @@ from batchrun.errors import UsageError
 from batchrun.inputs import BadRow, Batch, ColumnTypes, InputFile, head, read, resolve, spool
 from batchrun.inputs import csv as csv_room
 from batchrun.inputs import lines as lines_room
+from batchrun.journal.state import StateDir
 from batchrun.outputs import NAMES
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def test_folders_and_directories_count() -> None:
 
 
 def test_a_pipe_is_read_as_what_it_is_said_to_be() -> None:
-    kept = spool(io.BytesIO(gzip.compress(b"prompt\tb\nx\ty\n")), Path("state"))
+    kept = spool(io.BytesIO(gzip.compress(b"prompt\tb\nx\ty\n")), StateDir(Path("state")))
     [file] = resolve(["-"], "tsv", spool=kept).files
     assert rows(file) == [(2, {"prompt": "x", "b": "y"})]
 

@@ -34,6 +34,7 @@ from batchrun.inputs.lines import _split
 from batchrun.inputs.repeated_ids import RepeatedIds
 from batchrun.inputs.rows import BadRow, InputFile, Rows
 from batchrun.inputs.spool import spool
+from batchrun.journal.state import StateDir
 from batchrun.outputs import NAMES
 
 SAMPLES = Path(__file__).parents[2] / "sample_inputs"
@@ -198,7 +199,7 @@ def test_the_output_of_this_run_is_no_input(tmp_path: Path) -> None:
 
 def test_standard_input_is_read_from_its_spool(tmp_path: Path) -> None:
     for content in (b'{"prompt":"x"}\n', gzip.compress(b'{"prompt":"x"}\n')):
-        kept = spool(io.BytesIO(content), tmp_path / "state")
+        kept = spool(io.BytesIO(content), StateDir(tmp_path / "state"))
         [file] = resolve(["-"], spool=kept).files
         assert file.name == "stdin"
         assert [batch.rows for batch in read(file)] == [[{"prompt": "x"}]]
@@ -207,28 +208,28 @@ def test_standard_input_is_read_from_its_spool(tmp_path: Path) -> None:
 
 def test_rows_and_tables_in_memory_are_spooled(tmp_path: Path) -> None:
     rows = [{"prompt": "\ud800", "when": datetime(2026, 11, 1), "n": 2**80, "x": float("nan")}]
-    [file] = resolve(["-"], spool=spool(rows, tmp_path)).files
+    [file] = resolve(["-"], spool=spool(rows, StateDir(tmp_path))).files
     [row] = next(read(file)).rows
     assert isinstance(row, dict)
     assert row["prompt"] == "\ud800"
     assert row["when"] == "2026-11-01T00:00:00"
     assert row["n"] == 2**80
     table = pa.table({"prompt": ["x"]})
-    [file] = resolve(["-"], spool=spool(table, tmp_path)).files
+    [file] = resolve(["-"], spool=spool(table, StateDir(tmp_path))).files
     assert (file.format, next(read(file)).rows) == ("parquet", [{"prompt": "x"}])
 
 
 @pytest.mark.parametrize("rows", [["text"], [{"x": object()}]])
 def test_what_is_no_row_is_refused_and_nothing_is_left(tmp_path: Path, rows: Any) -> None:
     with pytest.raises(UsageError, match="row 1"):
-        spool(rows, tmp_path)
+        spool(rows, StateDir(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_spool_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     jsonl(tmp_path / "file", b"")
     with pytest.raises(LocalIOError) as error:
-        spool(io.BytesIO(b""), tmp_path / "file")
+        spool(io.BytesIO(b""), StateDir(tmp_path / "file"))
     one_line(error, "stdin.jsonl")
 
 
@@ -492,7 +493,7 @@ def test_a_file_without_an_object_is_refused_by_its_first_line(
 
 
 def test_a_pipe_of_a_table_of_text_is_told_the_option(tmp_path: Path) -> None:
-    kept = spool(io.BytesIO(b"id,prompt\n1,x\n"), tmp_path)
+    kept = spool(io.BytesIO(b"id,prompt\n1,x\n"), StateDir(tmp_path))
     [file] = resolve(["-"], spool=kept).files
     with pytest.raises(UsageError, match=r"^stdin is not JSON lines: it looks like CSV") as error:
         head(file)
@@ -500,7 +501,7 @@ def test_a_pipe_of_a_table_of_text_is_told_the_option(tmp_path: Path) -> None:
 
 
 def test_a_pipe_of_another_format_is_converted_on_its_way(tmp_path: Path) -> None:
-    kept = spool(io.BytesIO(b'[{"prompt":"x"}]'), tmp_path)
+    kept = spool(io.BytesIO(b'[{"prompt":"x"}]'), StateDir(tmp_path))
     [file] = resolve(["-"], spool=kept).files
     with pytest.raises(UsageError, match=r"^stdin is not JSON lines: it looks like one") as error:
         head(file)

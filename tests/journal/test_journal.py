@@ -108,7 +108,7 @@ def state(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def opened(state: Path, *, segment_bytes: int = SEGMENT_BYTES) -> Iterator[Journal]:
-    journal = Journal.open(state, HEADER, segment_bytes=segment_bytes)
+    journal = Journal.open(StateDir(state), HEADER, segment_bytes=segment_bytes)
     try:
         yield journal
     finally:
@@ -374,7 +374,7 @@ def test_a_cut_in_the_header_is_damage(state: Path, written: Written) -> None:
     for offset in range(written.start):
         lay(state, written.bytes[:offset])
         with pytest.raises(JournalDamaged) as caught:
-            Journal.open(state, HEADER)
+            Journal.open(StateDir(state), HEADER)
         assert caught.value.offset == 0
 
 
@@ -388,10 +388,10 @@ def test_a_flipped_bit_anywhere_is_found(state: Path, written: Written) -> None:
         lay(state, flipped(written.bytes, offset))
         if offset < written.durable:
             with pytest.raises(JournalDamaged) as caught:
-                Journal.open(state, HEADER)
+                Journal.open(StateDir(state), HEADER)
             assert caught.value.offset <= offset
             with pytest.raises(JournalDamaged):
-                Journal.peek(state)
+                Journal.peek(StateDir(state))
             continue
         with opened(state) as journal:
             lost = set(ROWS) - set(held_numbers(journal, ROWS))
@@ -463,7 +463,7 @@ def test_a_hole_between_whole_records_is_counted_once(state: Path, written: Writ
 def test_damage_before_a_sync_names_the_byte_and_what_to_do(state: Path, written: Written) -> None:
     lay(state, flipped(written.bytes, written.ends[1] + 30))
     with pytest.raises(JournalDamaged) as caught:
-        Journal.open(state, HEADER)
+        Journal.open(StateDir(state), HEADER)
     assert caught.value.offset == written.ends[1]
     assert str(first_segment(state)) in str(caught.value)
     assert caught.value.next_steps
@@ -519,10 +519,10 @@ def test_a_missing_or_shortened_sealed_segment_is_damage(state: Path) -> None:
     for length in (len(data) - 1, len(data) // 2, 0):
         second.write_bytes(data[:length])
         with pytest.raises(JournalDamaged, match=second.name):
-            Journal.open(state, HEADER)
+            Journal.open(StateDir(state), HEADER)
     second.unlink()
     with pytest.raises(JournalDamaged, match=second.name):
-        Journal.open(state, HEADER)
+        Journal.open(StateDir(state), HEADER)
 
 
 def test_a_segment_lost_to_a_power_failure_before_any_sync_is_a_hole(state: Path) -> None:
@@ -547,7 +547,7 @@ def test_a_segment_lost_to_a_power_failure_before_any_sync_is_a_hole(state: Path
 
 def known(state: Path) -> list[object]:
     """All that a journal says of the requests 0 to 29 and of itself."""
-    journal = Journal.peek(state)
+    journal = Journal.peek(StateDir(state))
     assert journal is not None
     slots = [journal.claim(hash_of(number)) for number in range(30)]
     outcomes = journal.read_all(slots)
@@ -816,6 +816,7 @@ def test_a_table_is_not_kept_where_answers_may_need_the_space(
 NO_ROOM_FOR_A_TABLE = """
 import resource, sys
 from pathlib import Path
+from batchrun.journal import StateDir
 from batchrun.journal import journal as room
 from test_journal import HEADER, MANY, held_numbers, opened, settle
 state = Path(sys.argv[1])
@@ -825,7 +826,7 @@ with opened(state, segment_bytes=500) as journal:
 room._FEWEST_KEPT = 1
 # Segments are shorter, the table is longer.
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_500, resource.RLIM_INFINITY))
-journal = room.Journal.open(state, HEADER, segment_bytes=500)
+journal = room.Journal.open(StateDir(state), HEADER, segment_bytes=500)
 assert held_numbers(journal, MANY) == list(MANY)
 settle(journal, 60)
 journal.sync()
@@ -874,7 +875,7 @@ def test_a_kept_table_that_is_not_whole_is_not_believed(
     elif harm == "cut":
         del data[-3:]
     elif harm == "another run's":
-        other = Journal.open(tmp_path / "other", replace(HEADER, run_id="run-2"))
+        other = Journal.open(StateDir(tmp_path / "other"), replace(HEADER, run_id="run-2"))
         live(other, 20)
         other.close()
         data[:] = (tmp_path / "other" / "journal-table").read_bytes()
@@ -957,7 +958,7 @@ def test_a_sync_that_was_begun_and_never_run_does_not_stop_the_last_one(state: P
     damaged = flipped(first_segment(state).read_bytes(), first_segment(state).stat().st_size - 60)
     lay(state, damaged)
     with pytest.raises(JournalDamaged):
-        Journal.open(state, HEADER)
+        Journal.open(StateDir(state), HEADER)
 
 
 def test_what_a_killed_process_left_is_made_durable_by_the_next(
@@ -993,7 +994,7 @@ def test_a_failed_fsync_is_final(state: Path, monkeypatch: pytest.MonkeyPatch) -
 
     with opened(state) as journal:
         slot = settle(journal, 0)
-        monkeypatch.setattr(journal_room, "make_durable", broken_disk)
+        monkeypatch.setattr(group_sync_room, "make_durable", broken_disk)
         with pytest.raises(LocalIOError, match="fsync"):
             journal.sync()
         for again in (journal.sync, lambda: settle(journal, 1), journal.end_sync):
@@ -1021,10 +1022,10 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from batchrun.errors import LocalIOError
-from batchrun.journal import Held, Journal
+from batchrun.journal import Held, Journal, StateDir
 from test_journal import HEADER, hash_of, outcome_of
 state = Path(sys.argv[1])
-journal = Journal.open(state, HEADER)
+journal = Journal.open(StateDir(state), HEADER)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, resource.RLIM_INFINITY))
 written = 0
 try:
@@ -1070,10 +1071,10 @@ def test_a_full_disk_is_called_so(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(LocalIOError, match="No such file or directory"):
-        Journal.open(tmp_path / "absent" / "state", HEADER)
+        Journal.open(StateDir(tmp_path / "absent" / "state"), HEADER)
     (tmp_path / "file").write_text("")
     with pytest.raises(LocalIOError):
-        Journal.open(tmp_path / "file", HEADER)
+        Journal.open(StateDir(tmp_path / "file"), HEADER)
     with pytest.raises(LocalIOError), locked(StateDir(tmp_path / "file")):
         pass
 
@@ -1097,7 +1098,7 @@ def test_a_symbolic_link_is_not_written_through(state: Path, tmp_path: Path) -> 
     state.mkdir()
     (state / "journal-000001.new").symlink_to(precious)
     with pytest.raises(LocalIOError):
-        Journal.open(state, HEADER)
+        Journal.open(StateDir(state), HEADER)
     assert precious.read_text() == "keep me"
 
 
@@ -1105,7 +1106,7 @@ def test_a_newer_format_is_refused_with_advice(state: Path) -> None:
     state.mkdir()
     create_first_segment(StateDir(state), replace(HEADER, format=2))
     with pytest.raises(LocalIOError, match="format 2") as caught:
-        Journal.open(state, HEADER)
+        Journal.open(StateDir(state), HEADER)
     assert not isinstance(caught.value, JournalDamaged)
     assert caught.value.next_steps
 
@@ -1115,7 +1116,7 @@ def test_a_journal_of_other_hashes_is_refused_and_left_as_it_is(state: Path) -> 
         live(journal, 0)
     before = (state / "journal-000001.seg").read_bytes()
     with pytest.raises(LocalIOError, match="hashed as of version 1") as caught:
-        Journal.open(state, replace(HEADER, hash_version=2))
+        Journal.open(StateDir(state), replace(HEADER, hash_version=2))
     assert "use the version of batchrun" in caught.value.next_steps[0]
     assert (state / "journal-000001.seg").read_bytes() == before
 
@@ -1154,15 +1155,15 @@ def test_imported_runs_are_remembered(state: Path) -> None:
 
 
 def test_peek_finds_nothing_where_there_is_nothing(state: Path) -> None:
-    assert Journal.peek(state) is None
+    assert Journal.peek(StateDir(state)) is None
     state.mkdir()
-    assert Journal.peek(state) is None
+    assert Journal.peek(StateDir(state)) is None
 
 
 def test_peek_repairs_nothing_and_takes_no_records(state: Path, written: Written) -> None:
     torn = written.bytes[:-3]
     lay(state, torn)
-    journal = Journal.peek(state)
+    journal = Journal.peek(StateDir(state))
     assert journal is not None
     assert held_numbers(journal, ROWS) == list(ROWS[:-1])
     assert first_segment(state).read_bytes() == torn
@@ -1176,9 +1177,9 @@ def test_peek_repairs_nothing_and_takes_no_records(state: Path, written: Written
 WRITER = """
 import sys
 from pathlib import Path
-from batchrun.journal import Journal
+from batchrun.journal import Journal, StateDir
 from test_journal import HEADER, settle
-journal = Journal.open(Path(sys.argv[1]), HEADER, segment_bytes=20_000)
+journal = Journal.open(StateDir(Path(sys.argv[1])), HEADER, segment_bytes=20_000)
 for number in range(600):
     settle(journal, number)
     if number == 0:
@@ -1194,7 +1195,7 @@ def test_peek_beside_a_running_writer_sees_whole_answers_only(state: Path, spawn
         seen = 0
         while seen < 600:
             ended = writer.poll() is not None
-            journal = Journal.peek(state)
+            journal = Journal.peek(StateDir(state))
             assert journal is not None
             answered = held_numbers(journal, range(600))
             journal.close()

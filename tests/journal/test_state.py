@@ -303,7 +303,7 @@ def test_a_void_journal_is_none_and_the_published_file_is_taken(
     assert run.returncode == -signal.SIGKILL
     state = StateDir(tmp_path / "in.results.parquet.batchrun")
     assert not state.has_journal()
-    assert Journal.peek(state.path) is None
+    assert Journal.peek(state) is None
     write_rows(rows=21)
     ended = submit(*command[1:])
     assert ended.code == 0
@@ -352,7 +352,7 @@ def test_a_header_of_another_shape_is_damage(payload: Any, tmp_path: Path) -> No
     frame = frame_of(HEADER, msgspec.json.encode(payload), 0)
     (state / "journal-000001.seg").write_bytes(frame)
     with pytest.raises(JournalDamaged):
-        Journal.peek(state)
+        Journal.peek(StateDir(state))
 
 
 @pytest.mark.parametrize("missing", [1, 2])
@@ -360,7 +360,7 @@ def test_a_segment_that_is_missing_is_called_so(missing: int, tmp_path: Path) ->
     for number in {1, 2, 3} - {missing}:
         (tmp_path / f"journal-{number:06d}.seg").write_bytes(b"")
     with pytest.raises(LocalIOError, match=rf"journal-00000{missing}\.seg: is missing") as caught:
-        Journal.peek(tmp_path)
+        Journal.peek(StateDir(tmp_path))
     assert caught.value.next_steps
 
 

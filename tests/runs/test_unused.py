@@ -21,6 +21,7 @@ from batchrun.chat.identity import HASH_VERSION
 from batchrun.cli.main import run_command
 from batchrun.journal.journal import Journal
 from batchrun.journal.segments import FORMAT, Header
+from batchrun.journal.state import StateDir
 from batchrun.mock.replies import MockReply, MockRequest, error_reply
 from batchrun.outputs.read_back import read_back, recognise
 
@@ -380,7 +381,7 @@ def leave_journal(output: Path, *, answers: int, imported: str | None = None) ->
     header = Header(FORMAT, HASH_VERSION, footer.run_id, 0, "0.1.0", footer.settings, False)
     state = output.with_name(f"{output.name}.batchrun")
     state.mkdir(0o700)
-    with closing(Journal.open(state, header)) as book:
+    with closing(Journal.open(StateDir(state), header)) as book:
         for outcome in islice(read_back(output), answers):
             book.settled(book.claim(outcome.hash), outcome)
         if imported is not None:

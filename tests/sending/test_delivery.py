@@ -34,6 +34,7 @@ from batchrun.cli.main import run_command
 from batchrun.console.progress import Progress
 from batchrun.errors import Interrupted, StoppedEarly
 from batchrun.journal.journal import Journal
+from batchrun.journal.state import StateDir
 from batchrun.mock.knobs import Knobs
 from batchrun.mock.replies import MockReply, MockRequest, Respond, completion, error_reply
 from batchrun.runs.stop import Stop
@@ -107,7 +108,7 @@ def options(server: MockServerThread, *, concurrency: int = 4) -> tuple[object, 
 
 
 def held_answers() -> int:
-    book = Journal.peek(Path("in.results.parquet.batchrun"))
+    book = Journal.peek(StateDir(Path("in.results.parquet.batchrun")))
     assert book is not None
     with contextlib.closing(book):
         return book.answers

@@ -44,6 +44,7 @@ from mock_servers import MockServerThread
 from batchrun.chat.identity import request_hash
 from batchrun.journal.journal import Journal
 from batchrun.journal.slots import Held
+from batchrun.journal.state import StateDir
 from batchrun.mock.replies import MockReply, MockRequest, completion, error_reply
 from batchrun.outputs.read_back import read_back, recognise
 from batchrun.types import Outcome
@@ -115,7 +116,7 @@ class Memory:
             self.add(read_back(path))
 
     def add_state(self, state: Path) -> None:
-        book = Journal.peek(state)
+        book = Journal.peek(StateDir(state))
         if book is not None:
             with contextlib.closing(book):
                 self.add(_settled(book))

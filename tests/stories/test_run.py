@@ -31,6 +31,7 @@ from mock_servers import MockServerThread
 
 from batchrun.cli.main import run_command
 from batchrun.journal.journal import Journal
+from batchrun.journal.state import StateDir
 from batchrun.mock.knobs import Knobs
 from batchrun.mock.replies import MockReply, MockRequest, Respond, error_reply
 
@@ -260,7 +261,7 @@ def test_killed_at_any_moment_the_next_run_completes(
 
 
 def held_answers(state: Path) -> int:
-    book = Journal.peek(state)
+    book = Journal.peek(StateDir(state))
     assert book is not None
     with contextlib.closing(book):
         return book.answers

@@ -25,6 +25,7 @@ from mock_servers import MockServerThread
 
 from batchrun.cli.main import run_command
 from batchrun.journal.journal import Journal
+from batchrun.journal.state import StateDir
 from batchrun.mock.knobs import Knobs
 from batchrun.mock.replies import MockReply, MockRequest, Respond, completion, error_reply
 
@@ -254,7 +255,7 @@ def test_the_journal_of_a_killed_run_holds_no_key() -> None:
         )
         out, err = process.communicate(timeout=60)
     assert process.returncode == -9, err
-    book = Journal.peek(Path("in.results.parquet.batchrun"))
+    book = Journal.peek(StateDir(Path("in.results.parquet.batchrun")))
     assert book is not None
     assert book.answers == 2
     book.close()

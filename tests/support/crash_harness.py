@@ -41,6 +41,7 @@ from mock_servers import MockServerThread
 
 from batchrun.chat.identity import request_hash
 from batchrun.journal.journal import Journal
+from batchrun.journal.state import StateDir
 from batchrun.mock.knobs import Knobs
 from batchrun.outputs.read_back import read_back, recognise
 
@@ -239,7 +240,7 @@ def _answers_held(output: Path) -> Iterator[Answered]:
             if outcome.kind == "ok":
                 assert outcome.hash == hash_of(_number_in(outcome.body))
                 yield outcome.hash, outcome.finished_at_ms, outcome.request_id
-    book = Journal.peek(output.with_name(output.name + ".batchrun"))
+    book = Journal.peek(StateDir(output.with_name(output.name + ".batchrun")))
     if book is not None:
         with contextlib.closing(book):
             book.begin_pass()
