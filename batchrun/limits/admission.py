@@ -232,6 +232,14 @@ class Limits:
         model.withdrawn(id(request))
         self._breaker.withdrawn(id(request), now)
 
+    def contradictions(self, model: str) -> int:
+        """How often a named wait of this model was found not to hold for all."""
+        return self._models[model].contradictions
+
+    def believes_waits(self, model: str, now: float) -> bool:
+        """Whether waits named to this model's requests hold for all of them, as far as is known."""
+        return self._models[model].closed_until > now
+
     def longest_s(self, now: float) -> float | None:
         """How long the oldest request in flight has been there; None without any."""
         return next((now - flight.admitted_at for flight in self._flights.values()), None)

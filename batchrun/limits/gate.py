@@ -69,6 +69,7 @@ class Model:
         "asks_wait",
         "clock_ms",
         "closed_until",
+        "contradictions",
         "is_doubtful",
         "is_quota",
         "named_s",
@@ -85,6 +86,7 @@ class Model:
         self.is_doubtful = False  # whether an answer may contradict what was said before
         self.ready_at = 0.0  # before it, no admission: gate closed, or opening step by step
         self.closed_until = 0.0
+        self.contradictions = 0  # waits that did not hold for all
         self.refused_at = 0.0  # when the request left whose refusal closed the gate
         self.named_s = 0.0  # by that refusal
         self.is_quota = False  # what closed it last
@@ -153,6 +155,7 @@ class Model:
         if now < self.closed_until:
             if admitted_at > self.refused_at:
                 self._credit = max(MIN_CREDIT, window)
+                self.contradictions += 1
                 self.ready_at = self.closed_until = 0.0
                 self.reopening_until = now + latency_s
                 self._pace_s = max(OPENING_PACE_S, latency_s / window)

@@ -19,7 +19,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
+
+from msgspec.structs import replace
 
 from batchrun.errors import BatchrunError
 from batchrun.sending.feed import Feed
@@ -53,6 +55,8 @@ class Admission(Protocol):
     def admit(self, request: Request, now: float) -> float: ...
     def done(self, request: Request, attempt: Attempt, decision: Decision, now: float) -> None: ...
     def withdrawn(self, request: Request, now: float) -> None: ...
+    def contradictions(self, model: str) -> int: ...
+    def believes_waits(self, model: str, now: float) -> bool: ...
 
 
 class Desk(Protocol):
@@ -85,6 +89,15 @@ Send: TypeAlias = Callable[[Request], Awaitable[Attempt]]
 
 
 Judge: TypeAlias = Callable[[Attempt, Request], Decision]
+
+
+class _Parked(NamedTuple):
+    """A row that waits for its next attempt."""
+
+    request: Request
+    timer: asyncio.TimerHandle
+    failures: int
+    waits_as_told: bool  # by the endpoint, not by our own back-off
 
 
 FIRST = Tries(attempts=1, in_doubt=0)
@@ -138,7 +151,7 @@ class Pool:
         self._lines = Lines(lambda wait_s: self._loop.call_later(wait_s, self._guarded, self.staff))
         self._answered = answered
         self._answered_s = -math.inf
-        self._parked: dict[int, asyncio.TimerHandle] = {}
+        self._parked: dict[int, _Parked] = {}
         self._idle: deque[asyncio.Future[None]] = deque()
         self._busy: dict[asyncio.Task[None], Request] = {}
         self._workers = 0
@@ -171,8 +184,8 @@ class Pool:
             self.cause = cause
         self._cut_after(self._drain_s if drain_s is None else drain_s)
         self._feed.close()
-        for timer in self._parked.values():
-            timer.cancel()
+        for parked in self._parked.values():
+            parked.timer.cancel()
         self._parked.clear()
         self._lines.clear()
         self._check_finished()
@@ -277,7 +290,10 @@ class Pool:
             self._desk.resent(attempt.resent)
         window = self._admission.window
         was_probing = bool(self._lines) and self._admission.is_probing
+        contradictions = self._admission.contradictions(request.model)
         self._admission.done(request, attempt, decision, attempt.ended_s)
+        if self._admission.contradictions(request.model) > contradictions:
+            self._recall(request.model)
         if decision.kind == "ok":
             self._answered += 1
             self._answered_s = attempt.ended_s
@@ -302,22 +318,32 @@ class Pool:
         others: Others = "before" if self._answered else "never"
         if self._answered_s > attempt.started_s:
             others = "now"
+        is_told = decision.kind == "rate_limit" and decision.wait_s is not None
+        if is_told and not self._admission.believes_waits(request.model, attempt.ended_s):
+            # Others are served meanwhile: it was about a place, and one may be free much sooner.
+            decision, is_told = replace(decision, wait_s=None), False
         verdict = self._persistence.after(request, decision, others, few_left=self._few_left())
         if verdict.wait_s is None:
             return self._desk.settled(request, attempt, decision, verdict.tries)
-        self._parked[request.row] = self._loop.call_later(
-            verdict.wait_s, self._guarded, self._unpark, request, verdict.tries.attempts
-        )
+        timer = self._loop.call_later(verdict.wait_s, self._guarded, self._unpark, request.row)
+        self._parked[request.row] = _Parked(request, timer, verdict.tries.attempts, is_told)
         return self._desk.failed(request, decision, again=True)
 
     def _few_left(self) -> bool:
         few = max(FEW_LEFT, FEW_LEFT_SHARE * self._answered)
         return self._feed.exhausted and self.waiting + len(self._busy) <= few
 
-    def _unpark(self, request: Request, failures: int) -> None:
-        del self._parked[request.row]
+    def _unpark(self, row: int) -> None:
+        request, _, failures, _ = self._parked.pop(row)
         self._lines.join(request, "again" if failures == 1 else "stubborn")
         self.staff()
+
+    def _recall(self, model: str) -> None:
+        """A wait that was named did not hold for others: those who wait because of it go on."""
+        for row, parked in list(self._parked.items()):
+            if parked.waits_as_told and parked.request.model == model:
+                parked.timer.cancel()
+                self._unpark(row)
 
     def _take(self) -> Request | None:
         """The next request that may leave now; None when there is none."""

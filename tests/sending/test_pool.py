@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import selectors
 import signal
@@ -76,6 +77,14 @@ class Gates:
         self.opens: dict[str, float] = {}
         self.pace: dict[str, float] = {}
         self.out: Counter[str] = Counter()
+        self.contradicted_at = math.inf
+        self.contradicted = 0
+
+    def contradictions(self, model: str) -> int:
+        return self.contradicted
+
+    def believes_waits(self, model: str, now: float) -> bool:
+        return now < self.contradicted_at
 
     def admit(self, request: Request, now: float) -> float:
         assert self.in_flight < self.window, "the pool asked with a full window"
@@ -90,6 +99,7 @@ class Gates:
 
     def done(self, request: Request, attempt: Attempt, decision: Decision, now: float) -> None:
         self.in_flight -= 1
+        self.contradicted = int(now >= self.contradicted_at)
 
     def withdrawn(self, request: Request, now: float) -> None:
         self.in_flight -= 1
@@ -231,6 +241,42 @@ def test_every_row_is_settled_once_and_the_window_is_kept() -> None:
         assert fake.gates.peak == 7
         assert fake.gates.in_flight == 0
         assert fake.now == 15.0
+
+    run(story())
+
+
+def told_to_wait(row: int) -> Callable[[Request], Decision]:
+    """Refuses this row once, and names a minute."""
+    told: list[int] = []
+
+    def judge(request: Request) -> Decision:
+        if request.row != row or told:
+            return OK
+        told.append(row)
+        return Decision("rate_limit", wait_s=60.0)
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("contradicted_at", "is_kept"),
+    [
+        pytest.param(math.inf, True, id="holds for all: kept to the letter"),
+        pytest.param(0.5, False, id="known not to hold for others: the row's own back-off"),
+        pytest.param(4.5, False, id="others are served later: who waits because of it goes on"),
+    ],
+)
+def test_a_row_waits_as_long_as_was_named_unless_others_are_served_meanwhile(
+    contradicted_at: float, is_kept: bool
+) -> None:
+    async def story() -> None:
+        patience = Persistence(max_retries=5, max_in_doubt_retries=2, rng=random.Random(1))
+        fake = Fake(map(request, range(10)), window=1, judge=told_to_wait(0), patience=patience)
+        fake.gates.contradicted_at = contradicted_at
+        assert await fake.pool.run() is None
+        assert len(fake.book.settled_rows) == 10
+        # Ten rows of a second each, one of them twice; a minute is what the row was told.
+        assert fake.now == 62.0 if is_kept else fake.now <= 12.0
 
     run(story())
 
