@@ -47,6 +47,7 @@ def mock() -> Iterator[StartMock]:
 ROOT = Path(__file__).parent.parent
 # What a test's code in a process of its own may import: the project, and tests beside others.
 IMPORTABLE = (ROOT, *(ROOT / "tests" / name for name in ("support", "journal", "stories")))
+STORIES = ROOT / "tests" / "stories"
 WAIT_S = 30.0  # for events of another process; reached only when something is broken
 
 
@@ -167,3 +168,10 @@ def running() -> StartRun:
         return Run(*args, environ=environ or {}, **more)
 
     return start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs take seconds each: the fast loop leaves all of them out."""
+    for item in items:
+        if item.path.is_relative_to(STORIES):
+            item.add_marker(pytest.mark.slow)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 ROUNDS = 5
@@ -37,6 +39,7 @@ def ratio(command: Sequence[str], reference: Sequence[str], cwd: Path) -> float:
     return min(own) / min(other)
 
 
+@pytest.mark.slow
 def test_help_costs_little_more_than_its_library(tmp_path: Path) -> None:
     for command in ([], ["submit"]):
         help_ = ["-m", "batchrun", *command, "--help"]
@@ -44,6 +47,7 @@ def test_help_costs_little_more_than_its_library(tmp_path: Path) -> None:
         assert ratio(help_, ["-c", "import click"], tmp_path) < 2.5
 
 
+@pytest.mark.slow
 def test_one_mock_row_costs_little_more_than_its_libraries(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"prompt": "x"}\n')
     row = ["-m", "batchrun", "submit", "one.jsonl", "--mock", "-o", "-"]

@@ -81,6 +81,7 @@ def test_after_a_kill_the_next_start_needs_no_unlocking(state: Path, spawn: Spaw
         assert found.pid == os.getpid()
 
 
+@pytest.mark.slow
 def test_of_twenty_simultaneous_starts_one_runs(state: Path, spawn: Spawn) -> None:
     with contextlib.ExitStack() as stack:
         starts = [stack.enter_context(spawn(HOLD, state)) for _ in range(20)]
@@ -115,6 +116,7 @@ while runs < 60:
 """
 
 
+@pytest.mark.slow
 def test_removing_the_state_under_the_lock_never_lets_two_in(
     state: Path, tmp_path: Path, spawn: Spawn
 ) -> None:

@@ -210,6 +210,7 @@ def test_an_input_in_the_state_is_refused(tmp_path: Path, submit: Submit, mock: 
 # ── one run of an output at a time ───────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_another_state_is_no_way_around_the_lock_of_an_output(
     tmp_path: Path, submit: Submit, running: StartRun, mock: StartMock
 ) -> None:
@@ -260,6 +261,7 @@ sys.exit(run_command(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_of_removing_a_finished_state_nothing_is_asked_again(
     tmp_path: Path, spawn: Spawn, submit: Submit, mock: StartMock
 ) -> None:
