@@ -169,7 +169,7 @@ def _int_kind(value: int) -> type:
 
 
 def _type_of_kinds(kinds: set[type]) -> _TableType:
-    """One type for JSON values of these kinds (contract §4)."""
+    """One type for JSON values of these kinds."""
     kinds = kinds - {_NULL}
     exact = _Wide not in kinds
     if not kinds:

@@ -1,4 +1,4 @@
-"""Publishing: contract §4 to the letter, whole or not at all, and read back as it was."""
+"""Publishing: the promised columns to the letter, whole or not at all, and read back as it was."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
-# --- Parquet, contract §4 ------------------------------------------------------------------------
+# --- Parquet -------------------------------------------------------------------------------------
 
 
 def test_the_columns_are_those_of_the_contract(tmp_path: Path) -> None:

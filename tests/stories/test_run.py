@@ -1,8 +1,8 @@
 """Whole runs against a real server: what is sent, what is kept, what comes out, which code ends it.
 
-Every test is a story of contract §4–§6, told with the command line and read back from the file,
-the journal and the server's ledger. Where a signal or a death is the point, the run is a process of
-its own; everywhere else the command runs in this one.
+Every test is a story of what users are promised, told with the command line and read back from the
+file, the journal and the server's ledger. Where a signal or a death is the point, the run is a
+process of its own; everywhere else the command runs in this one.
 """
 
 from __future__ import annotations
