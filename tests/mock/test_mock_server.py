@@ -537,7 +537,7 @@ async def test_the_ledger_balances_with_a_clients_books(seed: int, stream: bool)
             ok += 1
             recorded += usage
 
-    timeout = aiohttp.ClientTimeout(total=0.5)
+    timeout = aiohttp.ClientTimeout(total=2.0)
     async with mock_server(knobs, keep_entries=True) as server:
         async with aiohttp.ClientSession(timeout=timeout) as session, asyncio.TaskGroup() as group:
             for n in range(120):
