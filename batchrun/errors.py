@@ -23,29 +23,13 @@ import signal
 from typing import Literal
 
 EXIT_OK = 0
-
-
 EXIT_BUG = 1
-
-
 EXIT_USAGE = 2
-
-
 EXIT_ROWS_FAILED = 3
-
-
 EXIT_REFUSED = 4
-
-
 EXIT_LOCKED = 11
-
-
 EXIT_IO = 74
-
-
 EXIT_STOPPED = 75
-
-
 State = Literal["finished", "stopped", "refused", "error"]
 
 

@@ -13,14 +13,8 @@ from batchrun.errors import NoKey, UsageError
 from batchrun.secret import Secret, hidden_in_url
 
 DEFAULT_BASE_URL = "https://api.Mistral.com"
-
-
 DEFAULT_MODEL = "Mistral-chat"
-
-
 DEFAULT_KEY_ENV = "BATCHRUN_API_KEY"
-
-
 CHAT_PATH = "/chat/completions"
 
 

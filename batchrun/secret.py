@@ -14,12 +14,8 @@ from typing import Final
 from urllib.parse import unquote
 
 HIDDEN: Final = "[key]"
-
-
 # Shorter texts ("1", "true", "enabled") are values of headers that hide nothing.
 MIN_CHARS: Final = 8
-
-
 # A key may be as short as "none": then it is a key only where it stands alone.
 MIN_KEY_CHARS: Final = 4
 

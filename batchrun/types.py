@@ -21,8 +21,6 @@ DecisionKind = Literal[
 
 
 Bound = Literal["endpoint", "quota", "input", "loop"]
-
-
 Pushback = Literal["none", "rate", "capacity"]
 
 

@@ -36,11 +36,7 @@ _WHOLE_NUMBERS: Final = frozenset(
 
 
 _SYSTEM_ROLES: Final = ("system", "developer")
-
-
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-
-
 # A body as it will be sent, its model, and whether the row named that model.
 _Settled: TypeAlias = tuple[Body, str, bool]
 

@@ -10,8 +10,6 @@ from msgspec import Meta, Raw, Struct
 from batchrun.types import NO_USAGE, Answer, ErrorBody, Reply, Usage
 
 MAX_TOKENS = 2**63 - 1  # what an int64 column holds
-
-
 _Count = Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None
 
 
@@ -62,18 +60,10 @@ class Completion(_Columns, gc=False):
 
 
 decode = msgspec.json.Decoder(Completion).decode
-
-
 decode_columns = msgspec.json.Decoder(_Columns).decode
-
-
 decode_raw = msgspec.json.Decoder(Raw).decode
-
-
 # UnicodeDecodeError is a ValueError; RecursionError is what JSON nested without end brings.
 SURPRISES = (msgspec.MsgspecError, ValueError, RecursionError)
-
-
 NO_MESSAGE = Message()
 
 

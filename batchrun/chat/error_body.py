@@ -8,8 +8,6 @@ from batchrun.chat.text import MARKUP, as_text, loads
 from batchrun.types import ErrorBody
 
 MAX_MESSAGE_CHARS = 2_000
-
-
 MAX_PAGE_CHARS = 300
 
 

@@ -12,8 +12,6 @@ import msgspec
 from batchrun.config import JSONValue
 
 Object = Mapping[str, JSONValue]
-
-
 # What Python needs for an empty choice or tool call, roughly: a stream that opens a million of them
 # must not pass for a small one.
 OBJECT_COST = 2_000

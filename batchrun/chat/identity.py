@@ -16,15 +16,9 @@ from batchrun.config import JSONValue
 from batchrun.providers import CHAT_PATH
 
 HASH_VERSION: Final = 1
-
-
 # Decimals stand for numbers a double cannot hold (1e400); they are sent as they were written.
 _ENCODER: Final = msgspec.json.Encoder(decimal_format="number")
-
-
 encode_text: Final[Callable[[str], bytes]] = _ENCODER.encode
-
-
 _CANONICAL: Final = msgspec.json.Encoder(order="sorted", decimal_format="number")
 
 

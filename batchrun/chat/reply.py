@@ -38,8 +38,6 @@ class _Named(Struct, gc=False):
 
 
 _decode_name = msgspec.json.Decoder(_Named).decode
-
-
 _BEGINS_LATE = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*[{\[]")
 
 

@@ -12,11 +12,7 @@ from batchrun.config import JSONValue, Shape
 from batchrun.errors import UsageError
 
 Row: TypeAlias = Mapping[str, JSONValue]
-
-
 Body: TypeAlias = dict[str, JSONValue]
-
-
 CUSTOM_ID: Final = "custom_id"
 
 
@@ -46,8 +42,6 @@ REQUEST_FIELDS: Final = frozenset(
 
 
 NOT_SENT_AS_BODY: Final = frozenset({CUSTOM_ID, "metadata"})
-
-
 _LISTED_WIDTH: Final = 60
 
 

@@ -27,14 +27,8 @@ from batchrun.config import JSONValue
 from batchrun.types import Failure
 
 _BOM = b"\xef\xbb\xbf"
-
-
 _DONE = b"[DONE]"
-
-
 _decode = msgspec.json.decode
-
-
 # What Python needs for a piece of a line, however small.
 _PIECE_COST = 64
 

@@ -10,14 +10,8 @@ from typing import Any
 from batchrun.chat.completion import SURPRISES, decode_raw
 
 MAX_FLOAT = sys.float_info.max
-
-
 _RAW_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
-
-
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
 MARKUP = re.compile(r"<(script|style)\b.*?(?:</\1\s*>|\Z)|<[^<>]*>", re.IGNORECASE | re.DOTALL)
 
 

@@ -16,12 +16,8 @@ from batchrun.endpoint.memory import MAX_BODY_BYTES, STEP_BYTES, Share, Space, T
 
 # What Python needs for a piece, however small: single bytes must not pass for a small body.
 PIECE_COST_BYTES = 64
-
-
 # A stream that is silent this long is dead, whatever the attempt's own time.
 STREAM_SILENCE_S = 120.0
-
-
 # What may still follow once every choice has its finish: usage, [DONE], the last chunk.
 STREAM_TAIL_S = 5.0
 

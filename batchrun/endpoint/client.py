@@ -38,12 +38,8 @@ from batchrun.types import Attempt, Failure, Reply, Request
 
 # What aiohttp reads ahead of a reply that waits; one read of the socket may add 256 KB.
 READ_AHEAD_BYTES = 16 * 2**10
-
-
 # aiohttp warns when larger bodies are given as bytes: it would copy them in one go.
 LARGE_BODY_BYTES = 2**20
-
-
 LEAN_VERSIONS = ("3.14.",)
 
 

@@ -33,31 +33,17 @@ if TYPE_CHECKING:
 
 # vLLM and uvicorn close idle connections after 5 s; reusing one they just closed loses the request.
 KEEPALIVE_S = 4.0
-
-
 # A connection that was dead already says so within a round trip; later the request was at work.
 STALE_S = 1.0
-
-
 # So many deaths, less a tenth for every reuse that went well, and connections are not trusted.
 MANY_DEATHS = 3.0
-
-
 REUSE_IS_WORTH = 0.1
-
-
 # A server that restarts takes all its connections along once: no reason to do without for ever.
 DISTRUST_S = 60.0
-
-
 # What a server takes to close a connection that it accepted and does not want.
 AT_ONCE_S = 0.02
-
-
 # What a new connection has to live where others were reset, and how many have to do so.
 PROOF_S = 0.05
-
-
 PROOFS = 50
 
 

@@ -11,8 +11,6 @@ import asyncio
 
 # The longest part of a pause that may be taken for the endpoint's time.
 HEARTBEAT_S = 0.25
-
-
 # A busy loop is late by some milliseconds, always; that is not worth a correction.
 LATE_S = 0.1
 

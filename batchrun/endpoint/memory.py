@@ -10,16 +10,10 @@ import aiohttp
 
 # Larger than any completion with its log probabilities; a gzip bomb of 300 MB stops here.
 MAX_BODY_BYTES = 24 * 2**20
-
-
 # What a reply may hold without asking anybody; all of a usual one.
 OWN_BYTES = 64 * 2**10
-
-
 # What all larger ones share: 64 streams of 50,000 tokens each fit in.
 SHARED_BYTES = 12 * 2**20
-
-
 # Read, unpacked and asked for at a time, once a reply is no usual one.
 STEP_BYTES = 64 * 2**10
 

@@ -37,16 +37,10 @@ if TYPE_CHECKING:
 
 # The header says what a table has; its first rows serve only to advise.
 _HEAD_ROWS: Final = 100
-
-
 # Behind the comma: what Excel writes where a comma is part of numbers, and what others call CSV.
 _CSV_DELIMITERS: Final = ",;\t|"
-
-
 # By this line Excel is told the delimiter; it is no header.
 _EXCEL_MARK: Final = re.compile(r"sep=(.)\r?\n")
-
-
 # Brackets of JSON and HTML, and bytes that no text has; else a name may begin as it likes.
 _NO_HEADER: Final = re.compile(rb"(?:\xef\xbb\xbf)?\s*[{<]|[^\n]*\0")
 

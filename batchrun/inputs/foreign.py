@@ -17,11 +17,7 @@ from batchrun.errors import UsageError
 from batchrun.words import count
 
 HEAD_BYTES: Final = 64 << 10
-
-
 _SHOWN_CHARACTERS: Final = 40
-
-
 _COMPARED_ROWS: Final = 5
 
 
@@ -96,11 +92,7 @@ _PLAIN: Final = Found(
 
 
 _LINES: Final = Found("JSON lines", ".jsonl")
-
-
 _OPEN_ENDS: Final = ("{", "[", ",")
-
-
 _PROMPT_NAMES: Final = frozenset({"prompt", "question", "query", "text", "input", "instruction"})
 
 

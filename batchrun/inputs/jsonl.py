@@ -28,21 +28,11 @@ from batchrun.inputs.rows import (
 from batchrun.inputs.unpack import mapped_errors, opened, refusal
 
 _CLAIMED: Final = "JSON lines"
-
-
 _HEAD_BYTES: Final = 32 << 20
-
-
 # Deeper values decode in one place and overflow the stack in the next.
 _DEPTH_LIMIT: Final = 400
-
-
 _SHALLOW_BYTES: Final = 2 * _DEPTH_LIMIT
-
-
 _decode: Final = msgspec.json.Decoder().decode
-
-
 _ONLY_OBJECTS: Final = {dict}
 
 

@@ -12,14 +12,8 @@ from msgspec import Struct
 from batchrun.config import Compression, InputFormat, JSONValue
 
 BATCH_ROWS: Final = 1024
-
-
 BATCH_BYTES: Final = 4 << 20
-
-
 LINE_LIMIT_BYTES: Final = 64 << 20
-
-
 READ_BYTES: Final = 1 << 20
 
 
@@ -31,8 +25,6 @@ class BadRow(Struct, frozen=True, gc=False):
 
 
 Row: TypeAlias = dict[str, JSONValue]
-
-
 Rows: TypeAlias = list[Row | BadRow]
 
 

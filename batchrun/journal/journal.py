@@ -41,19 +41,11 @@ from batchrun.journal.state import StateDir
 from batchrun.types import Outcome
 
 SEGMENT_BYTES = 256 << 20
-
-
 # Fewer are replayed in no time, and a replay finds damage at once, not when a body is read.
 _FEWEST_KEPT = 20_000
-
-
 # Writing the table costs a thirtieth of replaying as many events.
 _WORTH_KEEPING = 8
-
-
 _Pending = tuple[int, int, int, int, int]  # type, slot, held, position, in doubt
-
-
 _CREATE = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 

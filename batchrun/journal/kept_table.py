@@ -19,16 +19,10 @@ from batchrun.journal.slots import KEPT_BYTES, SlotTable
 from batchrun.journal.state import StateDir
 
 _TABLE_HEAD = Struct("<4sII")  # magic, length of the head, its checksum
-
-
 _TABLE_MAGIC = b"\xf5BT\x02"
-
-
 # Records tell when they were made, so no others in their place end a segment with the same bytes.
 # A long body may say the same again: this is more than most.
 _END_BYTES = 64 << 10
-
-
 # Times the size of a table: where less is free, answers may soon need it.
 _LEAST_FREE = 10
 

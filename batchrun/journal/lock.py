@@ -24,8 +24,6 @@ from batchrun.files import open_regular, reporting
 from batchrun.journal.state import StateDir
 
 _ATTEMPTS = 200
-
-
 _PAUSE_S = 0.01
 
 

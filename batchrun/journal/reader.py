@@ -15,19 +15,11 @@ from batchrun.journal.state import StateDir
 from batchrun.types import Outcome
 
 _LONGEST = 1 << 33  # more than any length field says
-
-
 # Holds a usual record whole, so that reading one is one system call.
 _READ_AHEAD = 4096
-
-
 # Reading over what lies between two records is cheaper than a system call for each, up to here.
 _WIDEST_GAP = 16 << 10
-
-
 _RUN_BYTES = 256 << 10
-
-
 _MOST_OPEN_SEGMENTS = 16
 
 

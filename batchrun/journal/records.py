@@ -33,36 +33,16 @@ from batchrun.journal.slots import BEGAN, ENDED, ENDED_IN_DOUBT, REOPENED, Event
 from batchrun.types import Outcome, OutcomeKind, Usage
 
 HEADER, SENT, FAILED, OUTCOME, REOPEN, IMPORTED, SYNC, SEALED, FILLER = range(1, 10)
-
-
 # Not UTF-8, so no JSON that an endpoint sends holds it by chance.
 MAGIC = b"\xf5BJ\xff"
-
-
 FRAME = Struct("<4sIIB")
-
-
 _PREFIX = Struct("<4sII")
-
-
 CRC_END = _PREFIX.size  # what the checksum covers begins here, with the type
-
-
 BODY_AT = FRAME.size
-
-
 _TRIED = Struct("<B16sIB")  # with the type in front: SENT, FAILED and REOPEN are built in one go
-
-
 POSITION = Struct("<Q")
-
-
 _TYPED_NUMBERS = Struct("<B16sIBBHIIqdd5qI")  # the last is the length of the JSON after it
-
-
 _KEPT = Struct("<4sIIB16sIBBHIIqdd5qI")  # with all of the frame in front
-
-
 # A frame and what replaying needs of an OUTCOME: hash in two words, occurrence, kind, flags, in
 # doubt. SENT, FAILED and REOPEN have the first three in the same places.
 _REPLAYED = Struct("<4sIIBQQIBB6xI")
@@ -80,34 +60,16 @@ _KINDS: tuple[OutcomeKind, ...] = (
 
 
 _KIND_NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
-
-
 _OK = _KIND_NUMBER["ok"]
-
-
 _HELD_OK, _HELD_REJECTED, _HELD_PASSING = map(int, (Held.OK, Held.REJECTED, Held.PASSING))
-
-
 _FINAL, _REBUILT = 1, 2
-
-
 _NOT_A_NUMBER = float("nan")
-
-
 _UNKNOWN = -1  # tokens not reported
-
-
 _MOST_TOKENS = (1 << 63) - 1
-
-
 # Longer blocks are not copied to be replayed; of short records a slice costs less than a view.
 _MOST_COPIED = 1 << 20
-
-
 # A position is a segment's number and a byte offset in it, so positions compare as the log runs.
 OFFSET_BITS = 40
-
-
 LAST_OFFSET = (1 << OFFSET_BITS) - 1
 
 
@@ -119,8 +81,6 @@ class _Meta(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 _encode_meta = msgspec.json.Encoder().encode
-
-
 _decode_meta = msgspec.json.Decoder(_Meta).decode
 
 

@@ -24,8 +24,6 @@ from batchrun.journal.segments import (
 from batchrun.journal.state import StateDir
 
 _MOST_FILLER = 1 << 20
-
-
 _OTHER_VERSION = "use the version of batchrun that began this run"
 
 

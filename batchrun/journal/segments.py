@@ -15,12 +15,8 @@ from batchrun.journal.slots import SlotTable
 from batchrun.journal.state import StateDir
 
 FORMAT = 1
-
-
 # Larger blocks leave the processor's cache and take longer.
 _BLOCK = 256 << 10
-
-
 _MOST_FORESEEN = 4.0
 
 

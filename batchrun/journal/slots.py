@@ -32,51 +32,23 @@ class Held(IntEnum):
 
 
 HASH_BYTES = 16
-
-
 KEPT_BYTES = 30  # of a slot in ``columns``
-
-
 MAX_IN_DOUBT = 255  # counts saturate: one byte a row, and retries in doubt are single digits
-
-
 # What else than a Held an Event tells of its request.
 BEGAN, ENDED, ENDED_IN_DOUBT, REOPENED = range(4, 8)
-
-
 # One of those, or the Held of an outcome kept; the hash as two words and the occurrence; and of an
 # outcome its position and attempts in doubt.
 Event = tuple[int, int, int, int, int, int]
-
-
 _KEY = Struct("<QQ")
-
-
 _STRIDE = 0x9E3779B97F4A7C15  # odd, so a power-of-two table meets every place before repeating one
-
-
 _WORD = (1 << 64) - 1
-
-
 _EMPTY = 0xFFFF_FFFF
-
-
 _SMALLEST = 1 << 10
-
-
 # One byte a slot: what is held in the low bits, then
 _HELD = 0b0011
-
-
 _CLAIMED = 0b0100  # given out in this pass
-
-
 _REPEAT = 0b1000  # occurrence 1 or later
-
-
 _UNCLAIM = bytes(flags & ~_CLAIMED for flags in range(256))
-
-
 _ONLY_HELD = bytes(flags & _HELD for flags in range(256))
 
 
@@ -87,14 +59,8 @@ _SETTLED_UNCLAIMED = bytes(
 
 # Held answers are given out by worth, whatever their occurrence; the rest in order, then new ones.
 _ORDER = (Held.OK, Held.REJECTED, Held.PASSING)
-
-
 _ANY = len(_ORDER)
-
-
 _CURSOR_BITS = 30
-
-
 _CURSOR = (1 << _CURSOR_BITS) - 1
 
 

@@ -28,23 +28,11 @@ from batchrun.files import open_regular, reporting, sync_directory
 from batchrun.journal import records
 
 LOCK = "lock"
-
-
 _MARK = "made-by-batchrun"
-
-
 _FOUND = b"this directory was here, and empty, when batchrun began to use it\n"
-
-
 _VOID = "journal-void"
-
-
 _SEGMENT = re.compile(r"journal-(\d{6,})\.seg")
-
-
 _FIRST = "journal-000001.seg"
-
-
 # Earlier versions kept an index beside each segment.
 _OF_A_JOURNAL = re.compile(r"journal-(\d{6,}\.(seg|new|idx)|table(\.new)?)")
 

@@ -10,35 +10,19 @@ from batchrun.words import duration
 
 # What a proxy says of an endpoint that is not there.
 NOBODY_THERE = (502,)
-
-
 # Fewer, and a burst of unlucky rows pauses a healthy run; more, and an outage burns more attempts.
 BREAKER_FAILURES = 10
-
-
 # A row that fails again says something about itself. So many are remembered.
 MOST_FAILED_ROWS = 10_000
-
-
 # Sooner, and a server that restarts is hit while it loads; much later, and a blip costs minutes.
 FIRST_PROBE_S = 1.0
-
-
 MAX_PROBE_S = 30.0
-
-
 # Where a probe brings the head of an answer, somebody is there, and what fails may be the row: the
 # next follows soon. At once, and an endpoint that cuts every answer short is paid for many.
 REACHED_PROBE_S = 0.5
-
-
 # An endpoint never reached: the first try and the probes after 1, 2, 4 and 8 s, then give up.
 UNREACHED_PROBES = 4
-
-
 UNREACHED_S = 15.0
-
-
 UNREACHED_SLOW_PROBES = 2  # where each connect takes its whole timeout
 
 

@@ -11,39 +11,23 @@ from batchrun.limits.quota import Quota
 
 # How often to look whether a question was answered.
 MIN_LOOK_S = 0.05
-
-
 # Until the first answer nobody knows a quota, and a whole window at once is a burst of refusals
 # where there is one. At this pace a first window takes half a second, and an answer ends it sooner:
 # a small job on a slow endpoint hardly notices.
 OPENING_PACE_S = 1 / 64
-
-
 # Below this an instant server would see the whole window within a millisecond of the reopening.
 MIN_REOPENING_S = 1.0
-
-
 # Shorter waits are how some gateways say "busy"; longer ones are a quota that nobody published.
 QUOTA_WAIT_S = 1.0
-
-
 # A timeout this close to the usual latency is the server's queue; far beyond it is the row's own.
 TIMEOUT_LATENCIES = 3.0
-
-
 # Refusals for each answer that hold no place: a gateway that refuses one request in ten, whatever
 # the load, would cost a tenth of the throughput. More, and too many in flight are refused much more
 # often than once a service time.
 FREE_REFUSALS = 0.2
-
-
 MAX_FREE_REFUSALS = 8.0
-
-
 # A rate in headers that makes a request wait this long may be about something else than a minute.
 DOUBTED_WAIT_S = 0.9
-
-
 # A wait found not to hold for all binds the refused only, until so many more are refused than
 # answered, or a whole window: fewer, and chance closes the gate; more, and a real limit costs more.
 MIN_CREDIT = 16

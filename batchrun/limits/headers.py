@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 # With this share of a minute's tokens left, no single request is too large.
 PLENTY_LEFT = 0.1
-
-
 NEVER = float("inf")
 
 
@@ -70,8 +68,6 @@ _OUTPUT_NAMES = (
 
 
 MINUTE_S = 60.0
-
-
 DAY_S = 86_400.0
 
 
@@ -114,8 +110,6 @@ def _period_s(limit: float, remaining: float | None, reset: str | None) -> float
 
 
 _GO_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|h|m|s)")
-
-
 _UNIT_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 
 

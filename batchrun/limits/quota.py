@@ -13,72 +13,36 @@ from batchrun.types import Attempt, Request
 # Sending at exactly the published rate, a server's bucket that was ever emptied (by another client,
 # by the first burst) never refills, and every jitter of the network becomes a 429.
 PACE = 0.995
-
-
 # Too small, and each late wake-up of the loop (up to 50 ms) is rate lost for good; larger, and the
 # burst is the 429 we wanted to avoid.
 BURST_S = 0.05
-
-
 # The least that a burst shrinks to: some servers have room for one request and no more.
 MIN_BURST_S = 1e-5
-
-
 SHALLOWER = 8
-
-
 DEEPER = 1 + 1 / 400  # a request: a refusal in some hundred is what finding the depth costs
-
-
 # Timers come about a millisecond late, which without a burst is lost: wake before it is time.
 EARLY_S = 0.001
-
-
 # Somebody else may spend the same quota. One refusal among n requests says that we are 1/n too
 # fast; twice that leaves room to find out. What was given up comes back within so many requests at
 # the full rate.
 SLOWER = 2.0
-
-
 MAX_SLOWER = 0.25
-
-
 FORGIVEN_AFTER = 2000
-
-
 # One in fifty is what jitter costs where there is no room for a burst, however slowly we go.
 RARE_SHARE = 1 / 50
-
-
 MIN_SHARE = 1 / 8
-
-
 # Two refusals in a row may be chance: n is an average, which begins with this.
 RARE = 100.0
-
-
 APART_MEMORY = 4
-
-
 # Looking up a dozen header names costs more than the rest of admission; limits change rarely.
 LOOK_EVERY_S = 0.25
-
-
 # An endpoint whose first answers name no quota rarely begins later, but a gateway may.
 FIRST_LOOKS = 8
-
-
 LOOK_AGAIN_S = 5.0
-
-
 # Before the first usage is known: English text has about four bytes a token, and answers are short.
 # Wrong guesses last for the first answers only.
 TOKENS_PER_BYTE = 0.25
-
-
 PROMPT_TOKENS = COMPLETION_TOKENS = 256.0
-
-
 # The estimate follows the file (rows are often sorted by kind) without dancing after each row.
 ESTIMATE_MEMORY = 64
 

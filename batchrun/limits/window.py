@@ -12,113 +12,63 @@ from batchrun.limits.rounds import NOTHING, Level, Round
 
 # Less wastes the first seconds on every healthy endpoint; more floods a laptop's Ollama.
 START_WINDOW = 32
-
-
 # A known quota paces by itself, and needs a window of its rate times the latency of an answer. Less
 # than a usual completion's, and the window, not the quota, sets the pace until growth gets there.
 SUGGESTED_S = 2.0
-
-
 # A doubled window that finds free capacity doubles the rate; one at the plateau changes nothing.
 # Below this the noise of uneven answers reads as growth; above, a server that batches (whose
 # throughput grows less than its load) is left at half of what it can do.
 GROWTH_GAIN = 1.25
-
-
 # A hold exactly at the knee idles slots whenever answers and refills are out of step.
 HOLD_MARGIN = 1.2
-
-
 # Smaller steps disappear in the noise; a larger one, untested, floods a server with a short queue.
 PROBE_STEP = 1.25
-
-
 # What share of a probe's added window must come back as throughput. Less would let noise ratchet
 # the window up; more would end growth on servers that gain less than they are given.
 PROBE_GAIN = 0.4
-
-
 # Judging by fewer answers is judging by chance: latencies of completions vary by their own size. A
 # doubling is told from a plateau by few; a quarter more needs many.
 MIN_ROUND = 16
-
-
 MIN_CAREFUL_ROUND = 128
-
-
 # A gain below this share is what chance brings.
 NOISE = 1.03
-
-
 # Probing all the time keeps a server with a short queue at its refusals; too rarely, and capacity
 # that came back stays unused. The interval doubles while probes find nothing.
 MIN_HOLD_S = 2.0
-
-
 MAX_HOLD_S = 8.0
-
-
 HOLD_LATENCIES = 8.0  # where a completion takes a minute, two seconds say nothing
-
-
 # A rate that rises this much in a hold, which is sized above the knee, is new capacity; lower,
 # and the noise of one round starts a probe.
 SURGE = 1.1
-
-
 # Halving empties the slots of a server whose queue is short; at 0.9 a capacity that halved takes
 # seven bursts of refusals to find.
 CUT = 0.7
-
-
 # Where fewer than this share had a place, they are counted, not guessed. Nearer to the window, some
 # are gone before the refusal is heard, and the count is too low.
 FAR = 0.5
-
-
 # So few refusals among the answers of a round are no overload: gateways drop a request now and
 # then, and a window cut for each of those never grows.
 FEW_REFUSALS = 2
-
-
 FEW_SHARE = 0.02
-
-
 # Refusals that came before a probe as well are not about the probe.
 USUAL = 1.5
-
-
 # For how long refusals that are not about the window are not heard; doubled each time, as every
 # test costs a cut.
 MIN_TOLERANCE_S = 30.0
-
-
 MAX_TOLERANCE_S = 300.0
-
-
 # More refusals than this, and than answers, since the last change need no further judgement; fewer
 # can be chance.
 MIN_FLOOD = 8
-
-
 # Unless the window was full for half of a round, its throughput says something about the input.
 IN_USE = 0.5
-
-
 # Departures are spread over a service time once some were refused: a rate with no room for a burst
 # refuses the second of two that leave together, however few are in flight. No faster than this
 # share more than the window's own pace; without it, a late timer is throughput lost.
 SPREAD = 1.2
-
-
 # How late a departure may be and the next one still on time.
 LATE_S = 0.002
-
-
 # Until a round is complete: 0 would let the first refusals spin, a minute would stall them.
 DEFAULT_LATENCY_S = 0.25
-
-
 NEVER = float("inf")
 
 

@@ -10,8 +10,6 @@ from msgspec import Struct
 from batchrun.errors import UsageError
 
 LimitHeaders = Literal["none", "mistral", "openai"]
-
-
 StreamUsage = Literal["auto", "final_choice", "extra_chunk", "every_chunk", "x_groq", "none"]
 
 

@@ -20,21 +20,11 @@ from batchrun.mock.knobs import Knobs
 from batchrun.types import Usage
 
 Framing = Literal["length", "chunked", "until_close"]
-
-
 Ending = Literal["keep", "close", "reset", "hang"]
-
-
 MARK = "[synthetic]"
-
-
 DEFAULT_MODELS = ("mock-small", "mock-large")
-
-
 # Fixed, so that equal requests get equal bytes in every run.
 CREATED = 1_700_000_000
-
-
 _ECHO_CHARS = 160
 
 
@@ -289,11 +279,7 @@ def event(value: JSONValue) -> bytes:
 
 
 JSON_HEADERS = {"Content-Type": "application/json"}
-
-
 HTML_HEADERS = {"Content-Type": "text/html; charset=utf-8"}
-
-
 _SSE = {"Content-Type": "text/event-stream"}
 
 

@@ -59,8 +59,6 @@ from batchrun.mock.replies import (
 from batchrun.mock.wire import CLOSE, KEEP, Connections, Wire
 
 _CHAT_PATHS = frozenset({"/v1/chat/completions", "/chat/completions"})
-
-
 _MODELS_PATHS = frozenset({"/v1/models", "/models"})
 
 

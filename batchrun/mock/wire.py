@@ -113,14 +113,8 @@ class _AlreadyWritten(web.StreamResponse):
 
 
 KEEP = _AlreadyWritten(keep_alive=True)
-
-
 CLOSE = _AlreadyWritten(keep_alive=False)
-
-
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-
-
 KEEP_ALIVE_S = 75.0
 
 

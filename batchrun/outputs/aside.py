@@ -16,8 +16,6 @@ from batchrun.outputs.rows import GROUP_ROWS, Slice
 from batchrun.types import Outcome
 
 ASIDE_SCHEMA: Final[pa.Schema] = pa.schema([("unused_since", INSTANT)])
-
-
 _MARK_COLUMNS = ("request_hash", "finished_at", "request_id", "unused_since")
 
 

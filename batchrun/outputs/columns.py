@@ -117,8 +117,6 @@ COLUMNS: Final = (
     Column("response_body", TEXT, _bodies, repeats=False),  # the last one: it may be left out
 )
 NAMES: Final = tuple(column.name for column in COLUMNS)
-
-
 _RESTORED: Final = [(each.name, each.field, each.null) for each in COLUMNS if each.field]
 _PASSING: Final[frozenset[str]] = frozenset(
     {"rate_limit", "transient", "timeout", "invalid_response"}

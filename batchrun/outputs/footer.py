@@ -12,8 +12,6 @@ from batchrun.files import from_json, to_json
 from batchrun.summary import ErrorCount, RowCounts, TokenCounts
 
 FOOTER_KEY = b"batchrun"
-
-
 Schema: TypeAlias = pa.Schema  # for those who pass one on without a need for pyarrow
 
 

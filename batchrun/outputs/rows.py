@@ -14,11 +14,7 @@ from batchrun.outputs.tally import OutputTally
 from batchrun.types import NO_USAGE, Answer, Answers, Outcome, Tokens
 
 GROUP_ROWS = 20_000
-
-
 PIECE_ROWS = 1_024
-
-
 PIECE_BYTES = 4_000_000
 
 

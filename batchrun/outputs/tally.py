@@ -15,14 +15,8 @@ from batchrun.types import Answer, Answers, Outcome, Tokens, Usage
 
 # Codes are the endpoint's words: one that puts a request id into its code must not fill the memory.
 MAX_CAUSES = 1_000
-
-
 OTHER_CODES = "(other codes)"
-
-
 MAX_MODELS = 100
-
-
 INVALID_INPUT = "invalid_input"
 
 

@@ -20,8 +20,6 @@ from batchrun.errors import LocalIOError
 from batchrun.files import Seen, create, make_durable, put, seen, sync_directory
 
 TEMPORARY_SUFFIX = ".batchrun-tmp"
-
-
 BACKUP_SUFFIX = ".bak"
 
 

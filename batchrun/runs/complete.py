@@ -19,8 +19,6 @@ from batchrun.types import Answer, Attempt, Decision, Outcome, Request, Result, 
 
 # Requests read ahead, and results waiting for their reader: what bounds the memory.
 READ_AHEAD = 64
-
-
 UNREAD_RESULTS = 1024
 
 

@@ -24,8 +24,6 @@ from batchrun.types import Bound
 from batchrun.words import count, verb
 
 OFFER_S = 5.0
-
-
 SHOWN_MODELS = 5
 
 

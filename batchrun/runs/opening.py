@@ -25,8 +25,6 @@ from batchrun.runs.unused import Kept, Unused
 from batchrun.words import count
 
 SHOWN_SETTING = 40
-
-
 IMPORT_ROWS = 1_000
 
 

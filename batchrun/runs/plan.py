@@ -34,19 +34,11 @@ from batchrun.words import count, size, verb
 
 # An answer of some 100 words with its usage; once in the journal and once in the output.
 USUAL_ANSWER_BYTES = 1_000
-
-
 # The slot of a row that cannot become a request.
 INVALID = 0xFFFFFFFF
-
-
 # A batch for the feed: large enough that handing over costs nothing, small enough to flow.
 BATCH_ROWS = 256
-
-
 MAX_NAMED_MODELS = 3
-
-
 MAX_NAMED_COLUMNS = 5
 
 

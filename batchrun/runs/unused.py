@@ -29,11 +29,7 @@ from batchrun.types import Outcome, UnusedCounts
 from batchrun.words import count, verb
 
 DAY_MS = 86_400_000
-
-
 SLICE_ROWS = 128  # an answer may have megabytes
-
-
 GONE = -1  # in place of the time since when: the answer leaves the file
 
 

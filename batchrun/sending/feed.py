@@ -10,8 +10,6 @@ from batchrun.types import Request
 
 # A feed this deep hides a file read of a few hundred milliseconds at 10,000 requests/s.
 FEED_ROWS = 4096
-
-
 FEED_BYTES = 32 * 2**20
 
 

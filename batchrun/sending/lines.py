@@ -17,18 +17,10 @@ from batchrun.types import Request
 
 # How a row stands in its line: failed once; never, but could not go; failed more often.
 Rank: TypeAlias = Literal["again", "fresh", "stubborn"]
-
-
 # Whom to ask in turn; "new" is a row that is in no line yet.
 Order: TypeAlias = tuple[Rank | Literal["new"], ...]
-
-
 _USUAL: Final[Order] = ("again", "fresh", "new", "stubborn")
-
-
 _TURN_OF_THE_STUBBORN: Final[Order] = ("again", "stubborn", "fresh", "new")
-
-
 _PROBING: Final[Order] = ("fresh", "new", "again", "stubborn")
 
 

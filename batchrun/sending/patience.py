@@ -15,20 +15,12 @@ from batchrun.sending.classify import OK
 from batchrun.types import Decision, Others, Request, Tries, Verdict
 
 FIRST_BACKOFF_S: Final = 0.5
-
-
 LONGEST_BACKOFF_S: Final = 30.0
-
-
 # Of a row that is alone in its failure: twenty refusals take less than a minute then, not the ten
 # that the whole run would wait for.
 LONGEST_ALONE_S: Final = 5.0
-
-
 # A row that is refused this often while its neighbours get through has something of its own.
 MAX_REFUSALS: Final = 20
-
-
 _PASSING_KINDS: Final = frozenset(("rate_limit", "transient", "timeout", "invalid_response"))
 
 

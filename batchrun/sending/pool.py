@@ -30,16 +30,10 @@ from batchrun.types import Attempt, Decision, Others, Request, Tries, Verdict
 
 # More waiting rows than this say that the endpoint is the problem: no new row is taken.
 MIN_WAITING = 1000
-
-
 WAITING_PER_PLACE = 4
-
-
 # So many unsettled rows, or this share of those answered, may all fail for reasons of their own.
 # More that fail together at the end of a table tell of the endpoint.
 FEW_LEFT = 8
-
-
 FEW_LEFT_SHARE = 0.1
 
 
@@ -86,8 +80,6 @@ class Desk(Protocol):
 
 
 Send: TypeAlias = Callable[[Request], Awaitable[Attempt]]
-
-
 Judge: TypeAlias = Callable[[Attempt, Request], Decision]
 
 

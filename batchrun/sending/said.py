@@ -13,8 +13,6 @@ from batchrun.sending.waits import LOOK_AT, named_wait, retry_after
 from batchrun.types import Attempt, Decision, ErrorBody, Pushback, Request
 
 _NO_ERROR: Final = ErrorBody()
-
-
 _MODEL_LOCS: Final = frozenset(("model", "body.model"))
 
 
@@ -32,8 +30,6 @@ _QUOTA_WORDS: Final = re.compile(
 
 
 _KEY_CODES: Final = frozenset(("invalid_api_key", "api_key_invalid", "authentication_error"))
-
-
 _KEY_WORDS: Final = re.compile(r"(?:incorrect|invalid) api key|api key not valid")
 
 
@@ -49,8 +45,6 @@ _CAPACITY_CODES: Final = frozenset(
 
 
 _OVERLOADED: Final = frozenset((498, 503, 529))
-
-
 # What gateways, proxies and CDNs say while the endpoint behind them is away.
 _NOBODY_BEHIND: Final = frozenset((502, 503, 504, 521, 522, 523))
 
@@ -110,8 +104,6 @@ _CLASSES: Final = frozenset(
 
 
 _OUGHT_TO_PASS: Final = frozenset((408, 409, 425, 498, 499))
-
-
 # A gateway or the client's side gave up while the model may have been at work.
 _IN_DOUBT: Final = frozenset((408, 499, 504, 520, 524))
 
@@ -384,8 +376,6 @@ def _what_is_wrong(said: Said, code: str) -> str:
 
 
 _OPENING: Final = 300
-
-
 _SHOWN: Final = 300
 
 

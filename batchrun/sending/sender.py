@@ -24,8 +24,6 @@ from batchrun.types import Attempt, Request
 from batchrun.words import count, duration, verb
 
 TICK_S = 0.2
-
-
 # Puts requests into the feed until it is closed or at its end, and calls the second for each batch.
 Fill: TypeAlias = Callable[[Feed, Callable[[], None]], Coroutine[Any, Any, None]]
 

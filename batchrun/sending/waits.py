@@ -33,11 +33,7 @@ _UNIT: Final = (
 
 
 _STEP: Final = re.compile(rf"(\d{{1,15}}(?:\.\d{{1,15}})?) ?({_UNIT})")
-
-
 _DURATION: Final = rf"(?:\d{{1,15}}(?:\.\d{{1,15}})? ?{_UNIT}(?:,? (?=\d))?)+"
-
-
 _GO_DURATION: Final = re.compile(_DURATION)
 
 
@@ -47,8 +43,6 @@ _HINT: Final = re.compile(
 
 
 _EPOCH_S: Final = 1e9
-
-
 _EPOCH_MS: Final = 1e12
 
 
