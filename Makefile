@@ -8,10 +8,10 @@ check:
 	$(BIN)/mypy
 
 test:
-	$(BIN)/pytest -q -m 'not slow'
+	$(BIN)/pytest -q -n auto --dist worksteal -m 'not slow'
 
 test-all:
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --dist worksteal
 
 bench:
 	$(BIN)/python tests/benchmarks/bench.py --profile instant-64 --only batchrun naive --pairs 5

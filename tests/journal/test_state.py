@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import count
@@ -230,9 +231,9 @@ def test_another_state_is_no_way_around_the_lock_of_an_output(
                 assert ended.code == 11, ended.err
                 assert f"out.parquet is in use by pid {run.pid}" in ended.err
             assert not Path("b").exists()
-            run.send_signal(signal.SIGINT)
-            run.send_signal(signal.SIGINT)
-            run.end()
+            while run.poll() is None:
+                run.send_signal(signal.SIGINT)
+                time.sleep(0.05)
     assert submit("in.jsonl", "--mock", "-o", "x.parquet", "--state", "c").code == 0
     assert not Path("x.parquet.batchrun").exists()
     assert not Path("c").exists()

@@ -21,7 +21,7 @@ from mock_servers import MockServerThread
 from batchrun.mock.knobs import Knobs
 from batchrun.mock.replies import MockReply, MockRequest
 
-KILLS = 50
+KILLS = 30
 STARTS = 50
 
 

@@ -28,7 +28,7 @@ from mock_servers import MockServerThread
 ROWS = 12
 WAIT_S = 60.0
 # Where the sweep by hand is whole, the one of every day takes every so many-eth call.
-STRIDE = int(os.environ.get("FAULT_STRIDE", "4"))
+STRIDE = int(os.environ.get("FAULT_STRIDE", "6"))
 
 
 class Call(NamedTuple):

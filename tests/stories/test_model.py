@@ -49,7 +49,7 @@ from batchrun.mock.replies import MockReply, MockRequest, completion, error_repl
 from batchrun.outputs.read_back import read_back, recognise
 from batchrun.types import Outcome
 
-EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "16"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "10"))
 STEPS = int(os.environ.get("MODEL_STEPS", "25"))
 NUMBERS = range(12)
 SYSTEMS = (None, "Briefly.")
