@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from batchrun.config import JSONValue
+from batchrun.durations import duration_s
 from batchrun.errors import UsageError
 from batchrun.secret import Secret
 
@@ -42,24 +43,12 @@ def number_or_auto(value: object) -> int | None:
         raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
-_UNITS_S = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
-
-
-_DURATION = re.compile(
-    r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?"
-)
-
-
 def parse_duration(text: str) -> float:
     """Seconds of ``90``, ``90s``, ``2h``, ``1h30m``; else ValueError."""
-    match = _DURATION.fullmatch(text.strip().lower())
-    if match is None or not any(match.groups()):
+    seconds = duration_s(text, unitless=True)
+    if seconds is None:
         raise ValueError(text)
-    return sum(
-        float(number) * unit_s
-        for number, unit_s in zip(match.groups(), _UNITS_S.values(), strict=True)
-        if number
-    )
+    return seconds
 
 
 def parse_deadline(text: str, now: datetime | None = None) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from batchrun.durations import duration_s
 
 # With this share of a minute's tokens left, no single request is too large.
 PLENTY_LEFT = 0.1
@@ -101,24 +102,12 @@ def _rate(
 
 def _period_s(limit: float, remaining: float | None, reset: str | None) -> float:
     """Whether a limit is a minute's or a day's: the reset is the time to regain what was used."""
-    reset_s = duration_s(reset) if reset else None
+    reset_s = duration_s(reset, unitless=True) if reset else None
     if reset_s is None or remaining is None or remaining >= limit:
         return MINUTE_S
     period_s = reset_s * limit / (limit - remaining)
     # Halfway between the two on a logarithmic scale: rounding of resets is far smaller than that.
     return DAY_S if period_s > (MINUTE_S * DAY_S) ** 0.5 else MINUTE_S
-
-
-_GO_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|h|m|s)")
-_UNIT_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-
-
-def duration_s(text: str) -> float | None:
-    """Seconds of a Go duration (``6m0s``, ``20ms``) or of a bare number."""
-    parts = _GO_DURATION.findall(text)
-    if parts and "".join(number + unit for number, unit in parts) == text.strip():
-        return sum(float(number) * _UNIT_S[unit] for number, unit in parts)
-    return _number(text)
 
 
 def _number(text: str | None) -> float | None:

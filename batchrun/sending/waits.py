@@ -9,36 +9,14 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Final
 
+from batchrun.durations import DURATION, duration_s
 from batchrun.types import Attempt, Reply
 
 _NUMBER: Final = re.compile(r"\d{1,15}(?:\.\d{1,15})?")
 
 
-_UNITS: Final[Mapping[str, float]] = {
-    "ns": 1e-9,
-    "us": 1e-6,
-    "µs": 1e-6,
-    "ms": 1e-3,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0,
-    "d": 86400.0,
-}
-
-
-_UNIT: Final = (
-    r"(?:milliseconds?|msecs?|seconds?|secs?|minutes?|mins?|hours?|hrs?|days?"
-    r"|ns|us|µs|ms|s|m|h|d)(?![a-zµ])"
-)
-
-
-_STEP: Final = re.compile(rf"(\d{{1,15}}(?:\.\d{{1,15}})?) ?({_UNIT})")
-_DURATION: Final = rf"(?:\d{{1,15}}(?:\.\d{{1,15}})? ?{_UNIT}(?:,? (?=\d))?)+"
-_GO_DURATION: Final = re.compile(_DURATION)
-
-
 _HINT: Final = re.compile(
-    rf"\b(?:try again|retry|wait) (?:again )?(?:in|after|for) (?:about )?({_DURATION})"
+    rf"\b(?:try again|retry|wait) (?:again )?(?:in|after|for) (?:about )?({DURATION})"
 )
 
 
@@ -75,7 +53,7 @@ def _header_wait(headers: Mapping[str, str], now_ms: int) -> float | None:
 
 def _hinted_wait(message: str) -> float | None:
     hint = _HINT.search(message[:LOOK_AT].lower())
-    return _positive(_seconds(hint[1])) if hint else None
+    return _positive(duration_s(hint[1])) if hint else None
 
 
 def _reset_wait(headers: Mapping[str, str], now_ms: int) -> float | None:
@@ -108,8 +86,8 @@ def _wait_until(text: str, headers: Mapping[str, str], now_ms: int) -> float | N
     number = _number(text)
     if number is not None and number <= _EPOCH_S:
         return _positive(number)
-    if number is None and (duration_s := _duration(text)):
-        return _positive(duration_s)
+    if number is None and (wait_s := duration_s(text[:LOOK_AT])):
+        return _positive(wait_s)
     # A bare number this large is an instant (OpenRouter: in milliseconds), not a duration.
     then_s = _date(text) if number is None else number / 1000 if number > _EPOCH_MS else number
     if then_s is None:
@@ -121,21 +99,6 @@ def _wait_until(text: str, headers: Mapping[str, str], now_ms: int) -> float | N
 def _number(text: str) -> float | None:
     text = text.strip()
     return float(text) if text.isascii() and _NUMBER.fullmatch(text) else None
-
-
-def _duration(text: str) -> float | None:
-    text = text[:LOOK_AT].lower()
-    return _seconds(text) if _GO_DURATION.fullmatch(text) else None
-
-
-def _seconds(duration: str) -> float:
-    return sum(float(step[1]) * _unit(step[2]) for step in _STEP.finditer(duration))
-
-
-def _unit(name: str) -> float:
-    if name in _UNITS:
-        return _UNITS[name]
-    return _UNITS["ms"] if name.startswith(("mil", "mse")) else _UNITS[name[0]]
 
 
 def _date(text: str) -> float | None:

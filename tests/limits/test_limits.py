@@ -17,9 +17,10 @@ from itertools import chain, count, pairwise, repeat
 
 import pytest
 
+from batchrun.durations import duration_s
 from batchrun.errors import EXIT_STOPPED
 from batchrun.limits.admission import Limits, LimitSettings
-from batchrun.limits.headers import duration_s, quota_named
+from batchrun.limits.headers import quota_named
 from batchrun.limits.quota import BURST_S
 from batchrun.types import Attempt, Decision, Reply, Request, Usage
 
@@ -617,7 +618,7 @@ def test_prompts_and_answers_limited_apart_are_read() -> None:
     [("1s", 1), ("6m0s", 360), ("20ms", 0.02), ("1h2m3s", 3723), ("7.66s", 7.66), ("12", 12)],
 )
 def test_resets_are_go_durations_or_seconds(text: str, seconds: float) -> None:
-    assert duration_s(text) == pytest.approx(seconds)
+    assert duration_s(text, unitless=True) == pytest.approx(seconds)
 
 
 def opened(limits: Limits) -> Limits:
