@@ -1,6 +1,10 @@
-"""How numbers read: durations, sizes, speeds, and nouns that agree with their number."""
+"""How numbers read: durations, sizes, speeds, nouns that agree; and what a value is called."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Final
 
 
 def duration(seconds: float, *, compact: bool = False) -> str:
@@ -61,3 +65,21 @@ def verb(number: int, plural: str) -> str:
 
 def rate(per_s: float) -> str:
     return f"{per_s:.1f}" if per_s < 100 else f"{per_s:,.0f}"
+
+
+_KINDS: Final[Mapping[type, str]] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    Decimal: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    bytes: "binary data, not UTF-8",
+}
+
+
+def kind(value: object) -> str:
+    """What a value of a row is, as an error says it: ``a number``, ``an object``."""
+    return _KINDS.get(type(value), type(value).__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from decimal import Decimal
 from hashlib import blake2b
 from typing import Final, NamedTuple, TypeAlias
@@ -28,6 +28,7 @@ from batchrun.chat.shape import (
 )
 from batchrun.config import JSONValue, Shape
 from batchrun.providers import CHAT_PATH
+from batchrun.words import kind
 
 # A table that holds nulls turns its integers into doubles (pandas), and endpoints refuse 256.0.
 _WHOLE_NUMBERS: Final = frozenset(
@@ -259,7 +260,7 @@ def _check_messages(messages: list[JSONValue], where: str) -> None:
         raise Unusable("no_messages", f'"{where}" is an empty list')
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            wrong = f'"{where}" item {number} is {_kind(message)}, not an object'
+            wrong = f'"{where}" item {number} is {kind(message)}, not an object'
             raise Unusable("wrong_type", wrong)
     if _say_nothing(messages):
         raise Unusable("blank_prompt", _BLANK)
@@ -306,27 +307,10 @@ def _wrong(
     """``what`` names in the code what a column of another name stands for."""
     if key not in members:
         return Unusable(f"no_{what or key}", f'no "{where}{key}"')
-    kind = _kind(members[key])
-    if kind == "null":
+    found = kind(members[key])
+    if found == "null":
         return Unusable(f"null_{what or key}", f'"{where}{key}" is null')
-    return Unusable("wrong_type", f'"{where}{key}" is {kind}, not {wanted}')
-
-
-_KINDS: Final[Mapping[type, str]] = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    Decimal: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-    bytes: "binary data, not UTF-8",
-}
-
-
-def _kind(value: object) -> str:
-    return _KINDS.get(type(value), type(value).__name__)
+    return Unusable("wrong_type", f'"{where}{key}" is {found}, not {wanted}')
 
 
 def _shown(value: JSONValue) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Final, cast
@@ -26,6 +26,7 @@ from batchrun.inputs.rows import (
     with_folders,
 )
 from batchrun.inputs.unpack import mapped_errors, opened, refusal
+from batchrun.words import kind
 
 _CLAIMED: Final = "JSON lines"
 _HEAD_BYTES: Final = 32 << 20
@@ -141,18 +142,7 @@ def _checked(line: bytes, value: JSONValue | Decimal | BadRow) -> Row | BadRow:
         return value
     if isinstance(value, BadRow):
         return value
-    return BadRow("not_an_object", f"{_KINDS[type(value)]}, not an object")
-
-
-_KINDS: Final[Mapping[type, str]] = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    Decimal: "a number",
-    str: "text",
-    list: "a list",
-}
+    return BadRow("not_an_object", f"{kind(value)}, not an object")
 
 
 def _decoded_slowly(line: bytes) -> JSONValue | Decimal | BadRow:
