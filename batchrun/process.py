@@ -118,19 +118,29 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-class _NoPandas:
+class _LeftAlone:
+    """Finds nothing for pyarrow, which can do without; everybody else finds both."""
+
     @staticmethod
     def find_spec(name: str, *_: object) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError("pandas is left alone", name=name)
+        if name in ("numpy", "pandas") and _importer() in ("batchrun", "pyarrow"):
+            raise ModuleNotFoundError(f"{name} is left alone", name=name)
 
 
-def without_pandas() -> None:
-    """Spare this process the import of pandas: pyarrow looks for it at the first array it makes.
+def _importer() -> str:
+    """The package whose code runs the import; compiled code counts as whoever called it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame and frame.f_globals.get("__name__", "").startswith("importlib."):
+        frame = frame.f_back
+    return frame.f_globals.get("__name__", "").partition(".")[0] if frame else ""
 
-    For programs of our own only: whoever shares a process with us may want it.
+
+def without_numpy_and_pandas() -> None:
+    """Spare this process two imports: pyarrow looks for them, and we use nothing that needs them.
+
+    For programs of our own only: whoever shares a process with us may want pyarrow with both.
     """
-    sys.meta_path.insert(0, _NoPandas)
+    sys.meta_path.insert(0, _LeftAlone)
 
 
 def hold_standard_streams() -> None:

@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The console script."""
     args = list(sys.argv[1:] if argv is None else argv)
     process.hold_standard_streams()
-    process.without_pandas()
+    process.without_numpy_and_pandas()
     code = EXIT_OK  # also when whoever reads our output has gone
     try:
         with contextlib.suppress(BrokenPipeError):

@@ -646,12 +646,13 @@ main()
     assert (done.returncode, done.stderr) == (130, "batchrun: interrupted\n")
 
 
-def test_a_run_leaves_pandas_alone(tmp_path: Path) -> None:
+def test_a_run_leaves_numpy_and_pandas_alone(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "x", "id": 1}\n')
     script = """
 import atexit, sys
 from batchrun.cli import main
-atexit.register(lambda: print("loaded:", sorted({"pandas", "pyarrow.compute"} & set(sys.modules))))
+HEAVY = {"numpy", "pandas", "pyarrow.compute"}
+atexit.register(lambda: print("loaded:", sorted(HEAVY & set(sys.modules))))
 main(["submit", "in.jsonl", "--mock"])
 """
     done = subprocess.run(
@@ -663,6 +664,20 @@ main(["submit", "in.jsonl", "--mock"])
         check=True,
     )
     assert done.stdout == "loaded: []\n"
+
+
+def test_others_in_the_process_of_a_run_still_have_numpy() -> None:
+    pytest.importorskip("numpy")
+    script = """
+from batchrun import process
+process.without_numpy_and_pandas()
+import pyarrow, sys
+assert "numpy" not in sys.modules
+import numpy
+"""
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=True, timeout=60
+    )
 
 
 def test_version_and_help_are_exit_0() -> None:
