@@ -63,6 +63,9 @@ class Options(Where, total=False):
     shape: Shape | None
     prompt_column: str | None
     body_columns: tuple[str, ...]
+    prompt: str | None
+    messages: tuple[Mapping[str, JSONValue], ...] | None
+    image: tuple[str, ...]
     mock: bool
     headers: tuple[tuple[str, Secret], ...]
     stream: bool

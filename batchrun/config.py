@@ -22,7 +22,7 @@ JSONValue: TypeAlias = (
 )
 
 
-Shape = Literal["batch", "messages", "prompt", "body"]  # what a row is
+Shape = Literal["batch", "messages", "prompt", "body", "template"]  # what a row is
 InputFormat = Literal["jsonl", "csv", "tsv", "parquet"]
 Compression = Literal["", "gz", "zst"]
 
@@ -108,6 +108,9 @@ class RunConfig:
     shape: Shape | None = None
     prompt_column: str | None = None
     body_columns: tuple[str, ...] = ()
+    prompt: str | None = None  # a template over the row's columns
+    messages: tuple[Mapping[str, JSONValue], ...] | None = None  # their texts are templates
+    image: tuple[str, ...] = ()  # columns
     mock: bool = False
 
     # delivery settings
@@ -161,6 +164,20 @@ class RunConfig:
                 raise UsageError(f"{flag} {_shown(value)}: {what}")
         if self.prompt_column is not None and self.shape not in (None, "prompt"):
             raise UsageError(f"--prompt-column goes with --shape prompt, not with {self.shape}")
+        if self.makes_messages and (self.shape or self.prompt_column):
+            other = "--shape" if self.shape else "--prompt-column"
+            raise UsageError(f"{self._template_flag} makes the messages; leave out {other}")
+        if self.messages is not None and not self.messages:
+            raise UsageError("--messages: an empty list")
+
+    @property
+    def makes_messages(self) -> bool:
+        """Whether templates make the messages, whatever else a row is."""
+        return self.prompt is not None or self.messages is not None
+
+    @property
+    def _template_flag(self) -> str:
+        return "--prompt" if self.prompt is not None else "--messages"
 
     @property
     def to_stdout(self) -> bool:
@@ -168,6 +185,11 @@ class RunConfig:
 
     def request_settings(self, shapes: str, prompt_column: str | None) -> dict[str, JSONValue]:
         """What binds a rerun; the arguments are what the inputs turned out to be."""
+        made: dict[str, JSONValue] = {
+            "prompt": self.prompt,
+            "messages": None if self.messages is None else list(self.messages),
+            "image": list(self.image) or None,
+        }
         return {
             "model": self.model,
             "system": self.system,
@@ -177,6 +199,8 @@ class RunConfig:
             "body_columns": list(self.body_columns),
             "path": self.endpoint.path,
             "synthetic": self.mock,
+            # Outputs of earlier versions know nothing of these.
+            **{name: value for name, value in made.items() if value is not None},
         }
 
     def publishing_settings(self) -> dict[str, JSONValue]:

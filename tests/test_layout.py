@@ -52,6 +52,7 @@ EVERYWHERE = PACKAGES
 LIBRARY_ROOMS = {
     "aiohttp": {"endpoint", "mock"},
     "click": {"cli"},
+    "jinja2": {"chat"},
     "msgspec": EVERYWHERE,
     "pyarrow": {"inputs", "outputs"},
     "tenacity": {"sending"},

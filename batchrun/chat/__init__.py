@@ -15,7 +15,7 @@ from batchrun.chat.reply import (
     body_text,
     request_id,
 )
-from batchrun.chat.shape import CUSTOM_ID, Built, Identity, Invalid, Layout, PromptSettings
+from batchrun.chat.rows import CUSTOM_ID, Built, Identity, Invalid, Layout, PromptSettings, Unusable
 from batchrun.chat.stream import Assembler
 from batchrun.chat.text import is_utf8
 
@@ -31,6 +31,7 @@ __all__ = [
     "Invalid",
     "Layout",
     "PromptSettings",
+    "Unusable",
     "body_json",
     "body_text",
     "custom_id",

@@ -14,9 +14,10 @@ from msgspec import Struct
 
 from batchrun.chat import reply
 from batchrun.chat.build import Builder
-from batchrun.chat.shape import Layout, PromptSettings, Row, detect
+from batchrun.chat.rows import Layout, PromptSettings, Row
+from batchrun.chat.shape import detect
 from batchrun.chat.stream import Assembler
-from batchrun.config import Shape
+from batchrun.config import JSONValue, Shape
 from batchrun.providers import CHAT_PATH
 from batchrun.types import Answer, Answers, Reply
 
@@ -32,6 +33,15 @@ class _Detect(Protocol):
     ) -> Layout: ...
 
 
+class _MakeBuilder(Protocol):
+    def __call__(
+        self,
+        layout: Layout,
+        settings: PromptSettings,
+        image_url: Callable[[JSONValue], str] = ...,
+    ) -> Builder: ...
+
+
 class _Assembler(Protocol):
     def __call__(self, *, limit_bytes: int) -> Assembler: ...
 
@@ -41,7 +51,7 @@ class Api(Struct, frozen=True, kw_only=True):
 
     path: str  # ends every URL, and begins what ``request_hash`` hashes
     detect: _Detect  # which columns of a table are sent, and how
-    builder: Callable[[Layout, PromptSettings], Builder]  # row → body
+    builder: _MakeBuilder  # row → body
     parse: Callable[[bytes], Reply]  # enough of a reply to decide on it
     assembler: _Assembler  # a reply that comes as a stream
     answer: Callable[[bytes], Answer]  # what one reply fills columns with

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from hashlib import blake2b
 from typing import Final, NamedTuple, TypeAlias
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from batchrun.chat.identity import canonical, encode_text, hash_begun, json_text, request_hash
-from batchrun.chat.shape import (
+from batchrun.chat.rows import (
     CUSTOM_ID,
     NOT_SENT_AS_BODY,
     REQUEST_FIELDS,
@@ -26,6 +26,7 @@ from batchrun.chat.shape import (
     Row,
     Unusable,
 )
+from batchrun.chat.turns import Turns, no_images, with_images
 from batchrun.config import JSONValue, Shape
 from batchrun.providers import CHAT_PATH
 from batchrun.words import kind
@@ -45,7 +46,13 @@ _Settled: TypeAlias = tuple[Body, str, bool]
 class Builder:
     """Turns the rows of one table into bodies. Rows are never changed, only referred to."""
 
-    def __init__(self, layout: Layout, settings: PromptSettings) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        settings: PromptSettings,
+        image_url: Callable[[JSONValue], str] = no_images,
+    ) -> None:
+        """``image_url`` makes a URL of a cell, or raises Unusable."""
         self._prompt_column = layout.prompt_column or "prompt"
         self._fields = REQUEST_FIELDS | frozenset(settings.body_columns)
         self._more = settings.body_columns
@@ -56,22 +63,47 @@ class Builder:
         self._fill = [(k, v) for k, v in settings.params.items() if k not in replacing]
         self._stream = settings.stream
         self._stream_usage = settings.stream_usage
+        self._images = settings.image
+        self._image_url = image_url
         self._before: list[JSONValue] = []
         if settings.system is not None:
             self._before.append({"role": "system", "content": settings.system})
+        self._turns = Turns(None, (), None, frozenset())
+        self._text = self._prompt
+        if layout.shape == "template":
+            self._use_templates(settings)
         makers: dict[Shape, Callable[[Row], Body]] = {
             "batch": self._from_batch_line,
             "messages": self._from_messages,
             "prompt": self._from_prompt,
+            "template": self._from_templates,
             "body": self._from_whole_row,
         }
         self._around: _Around | None = None
         make = makers[layout.shape]
         self._make: Callable[[Row], _Settled] = lambda row: self._settled(make(row))
-        if layout.shape == "prompt" and not self._more and "messages" not in settings.params:
+        if self._only_text_differs(layout) and "messages" not in settings.params:
             self._pattern = self._settled({"messages": [{"role": "user", "content": _MARK}]})
             self._make = self._from_pattern
             self._around = _Around.of(self._pattern)
+
+    def _use_templates(self, settings: PromptSettings) -> None:
+        self._turns = Turns.of(settings)
+        system, prompt = self._turns.system, self._turns.prompt
+        if system is not None and not system.is_constant:
+            self._before = []
+        if prompt is not None:
+            self._text = lambda row: _not_blank(prompt.render(row))
+
+    def _only_text_differs(self, layout: Layout) -> bool:
+        """Whether bodies are alike but for the text of the prompt."""
+        if self._more or self._images:
+            return False
+        if layout.shape == "prompt":
+            return True
+        turns = self._turns
+        has_system = turns.system is None or turns.system.is_constant
+        return turns.prompt is not None and not turns.messages and has_system
 
     def build(self, row: Row) -> Built | Invalid:
         """The request of one row, or what is wrong with the row."""
@@ -84,12 +116,13 @@ class Builder:
     def identify(self, row: Row) -> Identity | Invalid:
         """What ``build`` says of a row except for its body, in less time."""
         around = self._around
-        text = row.get(self._prompt_column)
-        if around is not None and isinstance(text, str) and not _is_blank(text):
+        if around is not None:
             with_text = around.before.copy()
             try:
-                with_text.update(encode_text(text) + around.after)
+                with_text.update(encode_text(self._text(row)) + around.after)
                 return Identity(with_text.digest(), around.model)
+            except Unusable as exc:
+                return Invalid(exc.code, str(exc))
             except UnicodeEncodeError:
                 pass  # for ``build`` to say
         built = self.build(row)
@@ -97,7 +130,7 @@ class Builder:
 
     def _from_pattern(self, row: Row) -> _Settled:
         """A prompt alone: only its text differs from row to row, so the rest is made once."""
-        text = self._prompt(row)
+        text = self._text(row)
         body, model, from_row = self._pattern
         body = {**body, "messages": [*self._before, {"role": "user", "content": text}]}
         return body, model, from_row
@@ -124,16 +157,47 @@ class Builder:
         return body, model if isinstance(model, str) else "", from_row
 
     def _from_prompt(self, row: Row) -> Body:
-        body: Body = {"messages": [{"role": "user", "content": self._prompt(row)}]}
+        body: Body = {"messages": [{"role": "user", "content": self._content(row)}]}
         return self._with_more(body, row) if self._more else body
+
+    def _from_templates(self, row: Row) -> Body:
+        turns = self._turns
+        messages = [make(row) for make in turns.messages]
+        system = turns.system
+        if system is not None and not system.is_constant and not _has_system(messages):
+            messages.insert(0, {"role": "system", "content": system.render(row)})
+        if turns.prompt is not None:
+            messages.append({"role": "user", "content": self._content(row)})
+        elif self._images:
+            messages = self._with_images_last(messages, row)
+        _check_messages(messages, "messages")
+        body: Body = {"messages": messages}
+        return self._with_more(body, row) if self._more else body
+
+    def _content(self, row: Row) -> JSONValue:
+        text = self._text(row)
+        return with_images(text, self._urls(row)) if self._images else text
+
+    def _with_images_last(self, messages: list[JSONValue], row: Row) -> list[JSONValue]:
+        """The last message of a user is who shows the images."""
+        for at in range(len(messages) - 1, -1, -1):
+            message = messages[at]
+            if isinstance(message, dict) and message.get("role") == "user":
+                text = message.get("content")
+                if not isinstance(text, str):
+                    break
+                messages[at] = {**message, "content": with_images(text, self._urls(row))}
+                return messages
+        raise Unusable("wrong_type", "--image needs a last user message that is a text")
+
+    def _urls(self, row: Row) -> list[str]:
+        return [self._image_url(row.get(column)) for column in self._images]
 
     def _prompt(self, row: Row) -> str:
         text = row.get(self._prompt_column)
         if not isinstance(text, str):
             raise _wrong(row, self._prompt_column, "text", what="prompt")
-        if _is_blank(text):
-            raise Unusable("blank_prompt", _BLANK)
-        return text
+        return _not_blank(text)
 
     def _from_messages(self, row: Row) -> Body:
         messages = row.get("messages")
@@ -177,10 +241,8 @@ class Builder:
         messages = body.get("messages")
         if not isinstance(messages, list):
             return
-        for message in messages:
-            if isinstance(message, dict) and message.get("role") in _SYSTEM_ROLES:
-                return
-        body["messages"] = [*self._before, *messages]
+        if not _has_system(messages):
+            body["messages"] = [*self._before, *messages]
 
     def _ask_for_stream(self, body: Body) -> None:
         body["stream"] = True
@@ -271,6 +333,18 @@ _BLANK: Final = "the prompt is blank"
 
 def _is_blank(text: str) -> bool:
     return not text or text.isspace()
+
+
+def _not_blank(text: str) -> str:
+    if _is_blank(text):
+        raise Unusable("blank_prompt", _BLANK)
+    return text
+
+
+def _has_system(messages: Iterable[JSONValue]) -> bool:
+    return any(
+        isinstance(message, dict) and message.get("role") in _SYSTEM_ROLES for message in messages
+    )
 
 
 def _say_nothing(messages: list[JSONValue]) -> bool:

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from batchrun.chat.shape import Body, Unusable
+from batchrun.chat.rows import Body, Unusable
 from batchrun.config import JSONValue
 from batchrun.providers import CHAT_PATH
 

@@ -1,103 +1,23 @@
-"""Which of the four shapes a table of prompts has, and which of its columns are sent."""
+"""Which shape a table of prompts has, and which of its columns are sent."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Final, NamedTuple, TypeAlias
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final, NamedTuple
 
-from msgspec import Struct
-
+from batchrun.chat.rows import (
+    CUSTOM_ID,
+    NOT_SENT_AS_BODY,
+    REQUEST_FIELDS,
+    Layout,
+    PromptSettings,
+    Row,
+)
+from batchrun.chat.turns import Turns
 from batchrun.config import JSONValue, Shape
 from batchrun.errors import UsageError
 
-Row: TypeAlias = Mapping[str, JSONValue]
-Body: TypeAlias = dict[str, JSONValue]
-CUSTOM_ID: Final = "custom_id"
-
-
-# The request fields a `messages` row may carry; every other column is only carried.
-REQUEST_FIELDS: Final = frozenset(
-    {
-        "model",
-        "temperature",
-        "top_p",
-        "max_tokens",
-        "max_completion_tokens",
-        "stop",
-        "stream",
-        "seed",
-        "random_seed",
-        "response_format",
-        "tools",
-        "tool_choice",
-        "parallel_tool_calls",
-        "reasoning_effort",
-        "frequency_penalty",
-        "presence_penalty",
-        "logprobs",
-        "top_logprobs",
-    }
-)
-
-
-NOT_SENT_AS_BODY: Final = frozenset({CUSTOM_ID, "metadata"})
 _LISTED_WIDTH: Final = 60
-
-
-class PromptSettings(Struct, frozen=True, kw_only=True):
-    """What the user asks of every row. Names in ``params_replacing`` win over the row's own."""
-
-    model: str | None = None
-    model_replaces: bool = False
-    system: str | None = None
-    params: Mapping[str, JSONValue] = MappingProxyType({})
-    params_replacing: frozenset[str] = frozenset()
-    stream: bool = False
-    stream_usage: bool = False  # this endpoint streams usage only when asked to
-    prompt_column: str | None = None
-    body_columns: tuple[str, ...] = ()
-
-
-class Layout(Struct, frozen=True):
-    """How one file's rows become bodies; ``sent`` and ``carried_only`` are for the start line."""
-
-    shape: Shape
-    prompt_column: str | None
-    sent: tuple[str, ...]
-    carried_only: tuple[str, ...]
-    columns_needed: tuple[str, ...] | None  # None: all
-
-
-class Built(Struct, gc=False):
-    """A row's request: its body, not yet encoded, and which request that is."""
-
-    body: Body
-    hash: bytes
-    model: str  # "" when nothing names one
-    model_from_row: bool
-
-
-class Identity(Struct, gc=False):
-    """Which request a row is."""
-
-    hash: bytes
-    model: str
-
-
-class Invalid(Struct, gc=False):
-    """A row that cannot become a request, and why: a code for programs, words for a person."""
-
-    code: str
-    reason: str
-
-
-class Unusable(ValueError):
-    """The reason why a row has no body, and the code that tells it from other reasons."""
-
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
 
 
 def detect(
@@ -114,6 +34,8 @@ def detect(
     """
     table = _Table(columns, rows, settings, name)
     shape = forced or table.shape()
+    if settings.image and shape not in ("prompt", "template"):
+        raise UsageError(f"{name}: --image goes with a prompt column or -p, not with {shape}")
     if rows:
         table.demand(shape)
     return _layout(shape, columns, settings)
@@ -128,7 +50,9 @@ class _Table(NamedTuple):
     name: str
 
     def shape(self) -> Shape:
-        """The one shape the columns fit."""
+        """The one shape the columns fit; templates fit all."""
+        if self.settings.makes_messages:
+            return "template"
         if self.settings.prompt_column is not None:
             return "prompt"
         fitting = [shape for shape in ("messages", "prompt") if shape in self.columns]
@@ -164,17 +88,23 @@ class _Table(NamedTuple):
         if shape == "prompt":
             given = self.settings.prompt_column
             yield (given, "--prompt-column") if given else ("prompt", "--shape prompt")
+        elif shape == "template":
+            for column in sorted(Turns.of(self.settings).columns or ()):
+                yield column, "the template"
         elif shape != "body":
             yield ("messages" if shape == "messages" else "body", f"--shape {shape}")
         for column in self.settings.body_columns:
             yield column, "--body-columns"
+        for column in self.settings.image:
+            yield column, "--image"
 
     def _advice(self) -> str:
         lines = f"\n  It has: {_listed(self.columns)}."
-        if "body" in self.columns:
+        if any(_is_object(row.get("body")) for row in self.rows):
             return lines + " Try --shape batch"
         guess = self._likely_prompt()
-        return f"{lines} Try --prompt-column {guess}" if guess else lines
+        made = f", or -p 'Summarise: {{{{ {guess} }}}}'"
+        return f"{lines} Try --prompt-column {guess}{made}" if guess else lines
 
     def _likely_prompt(self) -> str | None:
         """The column of text most like a prompt: by its usual names, else the longest texts."""
@@ -192,7 +122,11 @@ class _Table(NamedTuple):
 
 def _layout(shape: Shape, columns: Sequence[str], settings: PromptSettings) -> Layout:
     prompt_column = (settings.prompt_column or "prompt") if shape == "prompt" else None
-    sent = tuple(c for c in columns if _is_sent(c, shape, prompt_column, settings.body_columns))
+    more = {*settings.body_columns, *settings.image}
+    if shape == "template":
+        named = Turns.of(settings).columns
+        more.update(columns if named is None else named)
+    sent = tuple(c for c in columns if _is_sent(c, shape, prompt_column, more))
     steering = {CUSTOM_ID, "method", "url"} if shape == "batch" else {CUSTOM_ID}
     used = {*sent, *steering}
     return Layout(
@@ -205,11 +139,11 @@ def _layout(shape: Shape, columns: Sequence[str], settings: PromptSettings) -> L
 
 
 def _is_sent(
-    column: str, shape: Shape, prompt_column: str | None, body_columns: Collection[str]
+    column: str, shape: Shape, prompt_column: str | None, asked_for: Collection[str]
 ) -> bool:
-    if column in body_columns:
+    if column in asked_for:
         return True
-    if shape == "prompt":
+    if shape in ("prompt", "template"):
         return column == prompt_column
     if shape == "messages":
         return column == "messages" or column in REQUEST_FIELDS

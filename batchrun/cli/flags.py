@@ -21,8 +21,10 @@ from batchrun.cli.values import (
     parse_carry,
     parse_deadline,
     parse_keep_unused,
+    parse_messages,
     seconds,
     split_columns,
+    text_or_file,
 )
 from batchrun.config import STDOUT, Allowance, IfLocked, InputFormat, RunConfig, Shape
 from batchrun.providers import PROVIDERS
@@ -141,11 +143,32 @@ STATE = _state(
 )
 
 
+# What rows may be by themselves: templates are asked for by -p and --messages.
+SHAPES = [shape for shape in get_args(Shape) if shape != "template"]
 REQUEST = (
     _sent(
         "--model", "-m", shows="the preset's", help="Model; typed here it replaces the rows' own."
     ),
+    _sent(
+        "--prompt",
+        "-p",
+        read=text_or_file,
+        metavar="TEXT|@FILE",
+        help="The user message, a template over the row's columns: 'Summarise: {{ text }}'.",
+    ),
     _sent("--system", "-s", metavar="TEXT", help="System message for rows without one."),
+    _sent(
+        "--messages",
+        read=parse_messages,
+        metavar="@FILE.json",
+        help="Messages before the prompt, or all of them; their texts are templates.",
+    ),
+    _sent(
+        "--image",
+        multiple=True,
+        metavar="COLUMN",
+        help="A column with an image for the message: URL, path or bytes.",
+    ),
     _sent(
         "--param",
         variable=False,  # BATCHRUN_PARAM is one JSON object; see options._env_params
@@ -155,7 +178,12 @@ REQUEST = (
     ),
     _sent("--temperature", type=float, shows="not sent", help="Same as --param temperature=X."),
     _sent("--max-tokens", type=int, shows="not sent", help="Same as --param max_tokens=N."),
-    _sent("--shape", type=click.Choice(get_args(Shape)), shows="detected", help="What a row is."),
+    _sent(
+        "--shape",
+        type=click.Choice([shape for shape in get_args(Shape) if shape != "template"]),
+        shows="detected",
+        help="What a row is.",
+    ),
     _sent("--prompt-column", metavar="NAME", shows="prompt", help="The column with the prompt."),
     _sent(
         "--body-columns",

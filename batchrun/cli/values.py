@@ -18,6 +18,7 @@ from batchrun.config import JSONValue
 from batchrun.durations import duration_s
 from batchrun.errors import UsageError
 from batchrun.secret import Secret
+from batchrun.words import size
 
 MAX_DEPTH = 100
 
@@ -149,6 +150,39 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(text)
     return number
+
+
+# More is no template; an image or a table was named by mistake.
+_TEMPLATE_LIMIT = 10_000_000
+
+
+def text_or_file(text: str, option: str = "-p") -> str:
+    """``TEXT``, or what ``@FILE`` holds but for a byte order mark and the last line's end."""
+    if not text.startswith("@"):
+        return text
+    try:
+        with open(text[1:], "rb") as file:
+            content = file.read(_TEMPLATE_LIMIT + 1)
+        if len(content) > _TEMPLATE_LIMIT:
+            raise UsageError(f"{option} {text}: larger than {size(_TEMPLATE_LIMIT)}")
+        return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except (OSError, ValueError) as exc:
+        why = (exc.strerror if isinstance(exc, OSError) else None) or "not UTF-8 text"
+        raise UsageError(f"{option} {text}: {why}") from None
+
+
+def parse_messages(text: str) -> tuple[dict[str, JSONValue], ...]:
+    """A JSON list of messages, or ``@FILE`` with one."""
+    try:
+        messages = strict_json(text_or_file(text, "--messages"))
+    except ValueError as exc:
+        raise UsageError(f"--messages: not JSON: {exc}") from None
+    if not isinstance(messages, list) or not messages:
+        raise UsageError("--messages: a JSON list of messages is wanted, in a file: @turns.json")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UsageError(f'--messages: item {number} is no message: it has no "role"')
+    return tuple(messages)
 
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")

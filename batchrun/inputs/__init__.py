@@ -4,6 +4,7 @@ from batchrun.inputs.carried import Carried
 from batchrun.inputs.column_types import ColumnTypes
 from batchrun.inputs.files import content_digest, resolve, unchanged
 from batchrun.inputs.formats import head, read
+from batchrun.inputs.images import image_urls
 from batchrun.inputs.repeated_ids import RepeatedIds
 from batchrun.inputs.rows import BATCH_ROWS, BadRow, Batch, InputFile, Resolved, Row, Rows
 from batchrun.inputs.spool import RowsOrTable, spool
@@ -22,6 +23,7 @@ __all__ = [
     "RowsOrTable",
     "content_digest",
     "head",
+    "image_urls",
     "read",
     "resolve",
     "spool",

@@ -83,7 +83,7 @@ class _Search:
 
     def add_spool(self, path: Path) -> None:
         file = _input_file(path, path.stem, self._format, magic=True)
-        self.files.append(file)
+        self.files.append(msgspec.structs.replace(file, is_spool=True))
 
     def add_literal(self, path: Path) -> None:
         if not self._is_output(path):

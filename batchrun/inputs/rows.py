@@ -40,7 +40,8 @@ class Fingerprint(NamedTuple):
 class InputFile(Struct, frozen=True):
     """One file to read. ``name`` is how people know it.
 
-    ``folders`` are the columns that ``key=value`` folders on the way to it give to every row.
+    ``folders`` are the columns that ``key=value`` folders on the way to it give to every row. A
+    spool holds what came on stdin, or from a Python program.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class InputFile(Struct, frozen=True):
     fingerprint: Fingerprint
     size_bytes: int
     folders: tuple[tuple[str, str | None], ...] = ()
+    is_spool: bool = False
 
 
 class Resolved(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 from msgspec import Struct
@@ -34,6 +34,9 @@ class Saved(Struct, frozen=True, kw_only=True):
     shape: Shape | None = None
     prompt_column: str | None = None
     body_columns: list[str] = []
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    image: list[str] = []
     mock: bool = False
     limit: int | None = None
     carry: list[str] | None = None
@@ -57,6 +60,9 @@ def save_config(state: StateDir, config: RunConfig, model: str | None, hosts: li
         shape=config.shape,
         prompt_column=config.prompt_column,
         body_columns=list(config.body_columns),
+        prompt=config.prompt,
+        messages=None if config.messages is None else [dict(each) for each in config.messages],
+        image=list(config.image),
         mock=config.mock,
         limit=config.limit,
         carry=None if config.carry is None else list(config.carry),
@@ -97,6 +103,9 @@ def restored(saved: Saved) -> RunConfig:
         shape=saved.shape,
         prompt_column=saved.prompt_column,
         body_columns=tuple(saved.body_columns),
+        prompt=saved.prompt,
+        messages=None if saved.messages is None else tuple(saved.messages),
+        image=tuple(saved.image),
         mock=saved.mock,
         limit=saved.limit,
         carry=None if saved.carry is None else tuple(saved.carry),

@@ -28,6 +28,9 @@ def prompt_settings(config: RunConfig) -> PromptSettings:
         stream_usage=_asks_usage(config),
         prompt_column=config.prompt_column,
         body_columns=config.body_columns,
+        prompt=config.prompt,
+        messages=config.messages,
+        image=config.image,
     )
 
 

@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from batchrun import chat
 from batchrun.chat import CHAT, Builder, Invalid
 from batchrun.config import JSONValue, RunConfig
 from batchrun.console import Progress
 from batchrun.errors import BatchrunError, EndpointRefused, UsageError
+from batchrun.inputs import image_urls
 from batchrun.runs.asking import chat_endpoint, prompt_settings
 from batchrun.sending import EarlyEnd, Feed, Sender, outcome_of, refusal
 from batchrun.types import Answer, Attempt, Decision, Outcome, Request, Result, Tries
@@ -187,6 +189,7 @@ class _Builders:
         self._settings = prompt_settings(config)
         self._config = config
         self._by_columns: dict[tuple[str, ...], Builder] = {}
+        CHAT.detect((), (), self._settings, config.shape, "the rows")  # a bad template is said now
 
     def request(
         self, number: int, row: str | Mapping[str, JSONValue]
@@ -217,7 +220,7 @@ class _Builders:
         builder = self._by_columns.get(columns)
         if builder is None:
             layout = CHAT.detect(columns, [row], self._settings, self._config.shape, "the row")
-            builder = CHAT.builder(layout, self._settings)
+            builder = CHAT.builder(layout, self._settings, image_urls(Path()))
             if len(self._by_columns) < READ_AHEAD:
                 self._by_columns[columns] = builder
         return builder

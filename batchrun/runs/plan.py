@@ -259,7 +259,7 @@ def _count_held(plan: Plan, journal: Journal, config: RunConfig) -> None:
 
 def _may_replace(layout: Layout, config: RunConfig) -> bool:
     """Whether the command line can say otherwise than a row does; a prompt alone says nothing."""
-    says_more = layout.shape != "prompt" or "model" in layout.sent
+    says_more = layout.shape not in ("prompt", "template") or "model" in layout.sent
     return says_more and bool(config.model_replaces or config.params_replacing)
 
 
@@ -273,7 +273,7 @@ def _count_replaced(counts: Counts, layout: Layout, row: Row | BadRow, config: R
         counts.model_replaced += 1
         if len(counts.models_replaced) < MAX_NAMED_MODELS:
             counts.models_replaced.add(model)
-    if layout.shape == "prompt":
+    if layout.shape in ("prompt", "template"):
         return
     for name in config.params_replacing:
         own = fields.get(name)

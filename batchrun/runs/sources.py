@@ -31,7 +31,9 @@ def lay_out(
     for file in files:
         columns, rows = inputs.head(file)
         layout = api.detect(columns, rows, settings, config.shape, file.name)
-        sources.append(Source(file, layout, api.builder(layout, settings)))
+        sources.append(
+            Source(file, layout, api.builder(layout, settings, inputs.image_urls(file.path.parent)))
+        )
     return sources
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from batchrun.chat.build import Builder, custom_id
 from batchrun.chat.identity import encode, format_hash, json_text, parse_hash, request_hash
-from batchrun.chat.shape import Built, Identity, Invalid, Layout, PromptSettings, detect
+from batchrun.chat.rows import Built, Identity, Invalid, Layout, PromptSettings
+from batchrun.chat.shape import detect
 from batchrun.config import Shape
 from batchrun.errors import UsageError
 
@@ -91,7 +92,8 @@ def test_a_table_without_a_usable_column_names_what_to_try() -> None:
         )
     assert str(raised.value) == (
         'prompts.parquet: no "prompt", "messages" or "body" column.\n'
-        "  It has: id, question, category. Try --prompt-column question"
+        "  It has: id, question, category. Try --prompt-column question,"
+        " or -p 'Summarise: {{ question }}'"
     )
 
 
