@@ -164,6 +164,8 @@ def launcher_main() -> None:
 
 
 def _become(order: dict[str, Any]) -> None:
+    # In the background of a shell it would be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(order["cwd"])
     if (limit := order["file_limit"]) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
