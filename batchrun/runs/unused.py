@@ -137,7 +137,9 @@ class Unused:
         for file in self._files:
             for outcomes in outputs.read_wanted(file.path, is_wanted):
                 check_stop()
-                taken += _give(book, outcomes)
+                # A run that was stopped may have taken some of them already.
+                held = _held_marks(book, {outcome.hash for outcome in outcomes})
+                taken += _give(book, [each for each in outcomes if _mark_of(each) not in held])
         if taken:
             book.sync()
         return taken
@@ -271,8 +273,12 @@ def _held_marks(book: Journal, hashes: set[bytes]) -> set[Mark]:
     marks = set()
     for at in range(0, len(slots), SLICE_ROWS):
         for outcome in filter(None, book.read_all(slots[at : at + SLICE_ROWS])):
-            marks.add(Mark(outcome.hash, outcome.finished_at_ms, outcome.request_id, 0))
+            marks.add(_mark_of(outcome))
     return marks
+
+
+def _mark_of(outcome: Outcome) -> Mark:
+    return Mark(outcome.hash, outcome.finished_at_ms, outcome.request_id, 0)
 
 
 def _slices(

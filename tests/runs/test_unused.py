@@ -22,7 +22,7 @@ from batchrun.cli.main import run_command
 from batchrun.journal.journal import Journal
 from batchrun.journal.segments import FORMAT, Header
 from batchrun.journal.state import StateDir
-from batchrun.mock.replies import MockReply, MockRequest, error_reply
+from batchrun.mock.replies import MockReply, MockRequest, completion, error_reply
 from batchrun.outputs.read_back import read_back, recognise
 
 if TYPE_CHECKING:
@@ -177,6 +177,34 @@ def test_equal_rows_are_kept_each(mock: StartMock, submit: Submit) -> None:
     job(numbers)
     assert job.asked == 4
     assert not Path(UNUSED).exists()
+
+
+def test_what_a_stopped_run_took_back_goes_to_no_other_row(mock: StartMock, submit: Submit) -> None:
+    """Of six equal rows two have answers set aside; the key is refused after the third request."""
+    asked = 0
+
+    def respond(request: MockRequest) -> MockReply | None:
+        nonlocal asked
+        asked += 1
+        if asked in (4, 5):
+            return error_reply(401, "no")
+        return completion(request, content=f"answer {asked}")
+
+    job = Job(mock(respond=respond), submit, "-c", 1)
+    job([7, 7])
+    job([])
+    job([7] * 6, code=4)
+    asked = 10
+    job([7] * 6)
+    answers = pq.read_table("out.parquet")["response"].to_pylist()
+    assert sorted(answers) == [
+        "answer 1",
+        "answer 11",
+        "answer 12",
+        "answer 13",
+        "answer 2",
+        "answer 3",
+    ]
 
 
 def test_rejected_rows_that_come_back_are_not_asked_again(mock: StartMock, submit: Submit) -> None:
