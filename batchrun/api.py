@@ -16,10 +16,12 @@ from batchrun.config import (
     STDIN,
     STDOUT,
     Allowance,
+    EscalateOn,
     IfLocked,
     InputFormat,
     JSONValue,
     RunConfig,
+    SchemaDialect,
     Shape,
     default_output,
     output_format,
@@ -66,6 +68,7 @@ class Options(Where, total=False):
     prompt: str | None
     messages: tuple[Mapping[str, JSONValue], ...] | None
     image: tuple[str, ...]
+    schema: Mapping[str, JSONValue] | None
     mock: bool
     headers: tuple[tuple[str, Secret], ...]
     stream: bool
@@ -74,6 +77,10 @@ class Options(Where, total=False):
     tpm: float | None
     max_retries: int
     max_in_doubt_retries: int
+    max_schema_retries: int
+    schema_dialect: SchemaDialect
+    escalate: str | None
+    escalate_on: tuple[EscalateOn, ...]
     timeout_s: float
     connect_timeout_s: float
     max_wait_s: float

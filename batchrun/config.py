@@ -23,6 +23,10 @@ JSONValue: TypeAlias = (
 
 
 Shape = Literal["batch", "messages", "prompt", "body", "template"]  # what a row is
+SchemaDialect = Literal[
+    "auto", "json-schema", "json-schema-loose", "json-object", "guided", "prompt"
+]
+EscalateOn = Literal["schema", "refusal", "empty", "length"]
 InputFormat = Literal["jsonl", "csv", "tsv", "parquet"]
 Compression = Literal["", "gz", "zst"]
 
@@ -111,6 +115,7 @@ class RunConfig:
     prompt: str | None = None  # a template over the row's columns
     messages: tuple[Mapping[str, JSONValue], ...] | None = None  # their texts are templates
     image: tuple[str, ...] = ()  # columns
+    schema: Mapping[str, JSONValue] | None = None  # of the answers, as JSON Schema has it
     mock: bool = False
 
     # delivery settings
@@ -122,6 +127,10 @@ class RunConfig:
     tpm: float | None = None
     max_retries: int = 5
     max_in_doubt_retries: int = 2
+    max_schema_retries: int = 2
+    schema_dialect: SchemaDialect = "auto"
+    escalate: str | None = None  # a model
+    escalate_on: tuple[EscalateOn, ...] = ("schema", "refusal", "empty", "length")
     timeout_s: float = 600.0
     connect_timeout_s: float = 10.0
     max_wait_s: float = 600.0
@@ -156,6 +165,7 @@ class RunConfig:
         for flag, value in (
             ("--max-retries", self.max_retries),
             ("--max-in-doubt-retries", self.max_in_doubt_retries),
+            ("--max-schema-retries", self.max_schema_retries),
             ("--abort-after", self.abort_after),
             ("--drain", self.drain_s),
         ):
@@ -189,6 +199,7 @@ class RunConfig:
             "prompt": self.prompt,
             "messages": None if self.messages is None else list(self.messages),
             "image": list(self.image) or None,
+            "schema": self.schema,
         }
         return {
             "model": self.model,

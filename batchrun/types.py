@@ -12,11 +12,20 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
-OutcomeKind = Literal["ok", "rejected", "rate_limit", "transient", "timeout", "invalid_response"]
+OutcomeKind = Literal[
+    "ok", "rejected", "rate_limit", "transient", "timeout", "invalid_response", "invalid_answer"
+]
 
 
 DecisionKind = Literal[
-    "ok", "rejected", "rate_limit", "transient", "timeout", "invalid_response", "fatal"
+    "ok",
+    "rejected",
+    "rate_limit",
+    "transient",
+    "timeout",
+    "invalid_response",
+    "invalid_answer",  # whole, and not what was asked for
+    "fatal",
 ]
 
 
@@ -132,6 +141,7 @@ class Decision(Struct, frozen=True, gc=False):
     pushback: Pushback = "none"
     unreachable: bool = False  # nothing reached the endpoint: no row's fault
     may_be_outage: bool = False  # a gateway's word for nobody behind it: seldom the row's fault
+    again: bool = False  # goes again at once and as otherwise asked: outside every budget
     alike: str = ""  # equal for failures of one cause; "" never ends a run early
 
 

@@ -16,6 +16,14 @@ from batchrun.chat.reply import (
     request_id,
 )
 from batchrun.chat.rows import CUSTOM_ID, Built, Identity, Invalid, Layout, PromptSettings, Unusable
+from batchrun.chat.schema import (
+    AnswerSchema,
+    Problem,
+    asking,
+    dialects,
+    repairing,
+    with_model,
+)
 from batchrun.chat.stream import Assembler
 from batchrun.chat.text import is_utf8
 
@@ -23,6 +31,7 @@ __all__ = [
     "CHAT",
     "CUSTOM_ID",
     "HASH_VERSION",
+    "AnswerSchema",
     "Api",
     "Assembler",
     "Builder",
@@ -30,17 +39,22 @@ __all__ = [
     "Identity",
     "Invalid",
     "Layout",
+    "Problem",
     "PromptSettings",
     "Unusable",
+    "asking",
     "body_json",
     "body_text",
     "custom_id",
+    "dialects",
     "encode",
     "format_hash",
     "format_hashes",
     "is_utf8",
     "json_text",
     "parse_hash",
+    "repairing",
     "request_id",
+    "with_model",
     "without_surrogates",
 ]

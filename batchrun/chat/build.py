@@ -63,6 +63,7 @@ class Builder:
         self._fill = [(k, v) for k, v in settings.params.items() if k not in replacing]
         self._stream = settings.stream
         self._stream_usage = settings.stream_usage
+        self._schema = settings.schema_digest
         self._images = settings.image
         self._image_url = image_url
         self._before: list[JSONValue] = []
@@ -85,7 +86,7 @@ class Builder:
         if self._only_text_differs(layout) and "messages" not in settings.params:
             self._pattern = self._settled({"messages": [{"role": "user", "content": _MARK}]})
             self._make = self._from_pattern
-            self._around = _Around.of(self._pattern)
+            self._around = _Around.of(self._pattern, self._schema)
 
     def _use_templates(self, settings: PromptSettings) -> None:
         self._turns = Turns.of(settings)
@@ -109,7 +110,7 @@ class Builder:
         """The request of one row, or what is wrong with the row."""
         try:
             body, model, from_row = self._make(row)
-            return Built(body, request_hash(body), model, from_row)
+            return Built(body, request_hash(body, CHAT_PATH, self._schema), model, from_row)
         except Unusable as exc:
             return Invalid(exc.code, str(exc))
 
@@ -151,6 +152,8 @@ class Builder:
         for key, value in self._fill:
             if body.get(key) is None:
                 body[key] = value
+        if self._schema and "response_format" in body:
+            body = {key: value for key, value in body.items() if key != "response_format"}
         if self._stream:
             self._ask_for_stream(body)
         model = body.get("model")
@@ -264,7 +267,7 @@ class _Around(NamedTuple):
     model: str
 
     @classmethod
-    def of(cls, pattern: _Settled) -> _Around | None:
+    def of(cls, pattern: _Settled, schema_digest: bytes) -> _Around | None:
         """None for a pattern that cannot be sent, or has the mark twice."""
         body, model, _ = pattern
         try:
@@ -273,7 +276,7 @@ class _Around(NamedTuple):
             return None
         if len(parts) != 2:
             return None
-        before = hash_begun(CHAT_PATH).copy()
+        before = hash_begun(CHAT_PATH, schema_digest).copy()
         before.update(parts[0])
         return cls(before, parts[1], model)
 

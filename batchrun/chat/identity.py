@@ -32,19 +32,23 @@ def encode(body: Body) -> bytes:
 
 
 @cache
-def hash_begun(path: str) -> blake2b:
+def hash_begun(path: str, schema_digest: bytes = b"") -> blake2b:
     """What the hash of a request to ``path`` is before its body; to be copied, never updated."""
-    return blake2b(path.encode() + b"\n", digest_size=16)
+    begun = blake2b(path.encode() + b"\n", digest_size=16)
+    if schema_digest:
+        begun.update(b"schema " + schema_digest + b"\n")
+    return begun
 
 
-def request_hash(body: Body, path: str = CHAT_PATH) -> bytes:
+def request_hash(body: Body, path: str = CHAT_PATH, schema_digest: bytes = b"") -> bytes:
     """The 16 bytes that say which request this is; equal for equal questions, for ever.
 
     BLAKE2b-128 over path and canonical body: keys sorted at every depth, compact, UTF-8, without
-    ``stream`` and ``stream_options``, which change how an answer travels and not what it says.
+    ``stream`` and ``stream_options``, which change how an answer travels and not what it says. A
+    schema for the answer counts as itself, in whatever words an endpoint is asked for it.
     ValueError as for `encode`.
     """
-    digest = hash_begun(path).copy()
+    digest = hash_begun(path, schema_digest).copy()
     digest.update(canonical(body))
     return digest.digest()
 

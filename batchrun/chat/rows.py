@@ -58,6 +58,7 @@ class PromptSettings(Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     messages: Sequence[JSONValue] | None = None
     image: tuple[str, ...] = ()
+    schema_digest: bytes = b""  # of the schema that answers have to fit; it is part of the request
 
     @property
     def makes_messages(self) -> bool:

@@ -17,16 +17,26 @@ import click
 
 from batchrun import providers
 from batchrun.cli.values import (
+    load_schema,
     number_or_auto,
     parse_carry,
     parse_deadline,
+    parse_escalate_on,
     parse_keep_unused,
     parse_messages,
     seconds,
     split_columns,
     text_or_file,
 )
-from batchrun.config import STDOUT, Allowance, IfLocked, InputFormat, RunConfig, Shape
+from batchrun.config import (
+    STDOUT,
+    Allowance,
+    IfLocked,
+    InputFormat,
+    RunConfig,
+    SchemaDialect,
+    Shape,
+)
 from batchrun.providers import PROVIDERS
 
 ENV_PREFIX = "BATCHRUN_"
@@ -170,6 +180,17 @@ REQUEST = (
         help="A column with an image for the message: URL, path or bytes.",
     ),
     _sent(
+        "--schema",
+        read=load_schema,
+        metavar="FILE.json",
+        help="JSON Schema that every answer has to fit, or module:Model; fills parsed_* columns.",
+    ),
+    _sent(
+        "--schema-dialect",
+        type=click.Choice(get_args(SchemaDialect)),
+        help="How the endpoint is asked for it; auto starts from the provider and steps down.",
+    ),
+    _sent(
         "--param",
         variable=False,  # BATCHRUN_PARAM is one JSON object; see options._env_params
         multiple=True,
@@ -248,6 +269,23 @@ DELIVERY = (
     _pace("--tpm", type=float, shows="what headers say", help="Tokens a minute, at most."),
     _failures(
         "--max-retries", help="After temporary failures; waiting out a rate limit does not count."
+    ),
+    _failures(
+        "--max-schema-retries",
+        type=int,
+        metavar="N",
+        help="How often an answer that does not fit the schema is asked for again.",
+    ),
+    _failures(
+        "--escalate", metavar="MODEL", help="A stronger model for rows whose answer does not do."
+    ),
+    _failures(
+        "--on",
+        field="escalate_on",
+        read=parse_escalate_on,
+        metavar="A,B",
+        shows="schema,refusal,empty,length",
+        help="What --escalate is for.",
     ),
     _failures(
         "--max-in-doubt-retries",

@@ -24,7 +24,17 @@ FENCE = "```"
 
 # The order of a first week; what is not named here follows by name.
 _ORDER = (
-    *("endpoints", "input", "templates", "columns", "reruns", "exit-codes", "pipelines", "json"),
+    *(
+        "endpoints",
+        "input",
+        "templates",
+        "schema",
+        "columns",
+        "reruns",
+        "exit-codes",
+        "pipelines",
+        "json",
+    ),
     *("options", "python", "stand-in", "speed", "promises"),
 )
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from datetime import time as day_time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast, get_args
 
 import click
 
-from batchrun.config import JSONValue
+from batchrun.config import EscalateOn, JSONValue
 from batchrun.durations import duration_s
 from batchrun.errors import UsageError
 from batchrun.secret import Secret
@@ -183,6 +185,46 @@ def parse_messages(text: str) -> tuple[dict[str, JSONValue], ...]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UsageError(f'--messages: item {number} is no message: it has no "role"')
     return tuple(messages)
+
+
+_MODEL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def load_schema(text: str) -> dict[str, JSONValue]:
+    """The JSON Schema in a file, or that of ``module:Model``, which has ``model_json_schema()``."""
+    if _MODEL.fullmatch(text) and not Path(text).exists():
+        schema = _schema_of_model(text)
+    else:
+        try:
+            schema = strict_json(text_or_file("@" + text.removeprefix("@"), "--schema"))
+        except ValueError as exc:
+            raise UsageError(f"--schema {text}: not JSON: {exc}") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"--schema {text}: a JSON Schema is an object")
+    return schema
+
+
+def _schema_of_model(text: str) -> object:
+    module, _, name = text.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as python -m has it
+    try:
+        model: Any = importlib.import_module(module)
+        for part in name.split("."):
+            model = getattr(model, part)
+        return model.model_json_schema()
+    except Exception as exc:
+        why = f"{type(exc).__name__}: {exc}".partition("\n")[0]
+        raise UsageError(f"--schema {text}: {why}") from None
+
+
+def parse_escalate_on(text: str) -> tuple[EscalateOn, ...]:
+    """``schema,refusal,empty,length`` or some of them."""
+    known = get_args(EscalateOn)
+    for name in (names := split_columns(text)):
+        if name not in known:
+            raise UsageError(f"--on {name}: there are {', '.join(known)}")
+    return cast("tuple[EscalateOn, ...]", names)
 
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")

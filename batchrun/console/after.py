@@ -252,6 +252,7 @@ PLURALS = {
     "rate_limit": "rate-limited rows",
     "transient": "transient failures",
     "invalid_response": "invalid responses",
+    "invalid_answer": "invalid answers",
 }
 
 

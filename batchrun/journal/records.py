@@ -56,6 +56,7 @@ _KINDS: tuple[OutcomeKind, ...] = (
     "transient",
     "timeout",
     "invalid_response",
+    "invalid_answer",
 )
 
 

@@ -37,6 +37,7 @@ class Saved(Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     image: list[str] = []
+    schema: dict[str, Any] | None = None
     mock: bool = False
     limit: int | None = None
     carry: list[str] | None = None
@@ -63,6 +64,7 @@ def save_config(state: StateDir, config: RunConfig, model: str | None, hosts: li
         prompt=config.prompt,
         messages=None if config.messages is None else [dict(each) for each in config.messages],
         image=list(config.image),
+        schema=None if config.schema is None else dict(config.schema),
         mock=config.mock,
         limit=config.limit,
         carry=None if config.carry is None else list(config.carry),
@@ -106,6 +108,7 @@ def restored(saved: Saved) -> RunConfig:
         prompt=saved.prompt,
         messages=None if saved.messages is None else tuple(saved.messages),
         image=tuple(saved.image),
+        schema=saved.schema,
         mock=saved.mock,
         limit=saved.limit,
         carry=None if saved.carry is None else tuple(saved.carry),

@@ -204,7 +204,7 @@ class Limits:
         self._count_full(now)
         flight = self._flights.pop(id(request))
         model = self._models[request.model]
-        if decision.kind == "ok":
+        if decision.kind in ("ok", "invalid_answer"):  # the endpoint did its work
             self._answered_at = now
             if self._breaker.since is not None or not self._breaker.answered:
                 self._alive(now)

@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from http import HTTPStatus
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
 from batchrun.config import JSONValue
+from batchrun.mock.instances import Instances
 from batchrun.mock.knobs import Knobs
 from batchrun.types import Usage
 
@@ -87,6 +88,19 @@ class _StreamOptions(Struct):
     include_usage: bool | None = None
 
 
+class _Form(Struct):
+    schema: dict[str, Any] | None = None
+
+
+class _Format(Struct):
+    type: str = ""
+    json_schema: _Form | None = None
+
+
+class _Structured(Struct):
+    json: dict[str, Any] | None = None
+
+
 class Chat(Struct):
     """What the server needs of a request; other members are accepted and ignored."""
 
@@ -97,6 +111,20 @@ class Chat(Struct):
     n: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    response_format: _Format | None = None
+    guided_json: dict[str, Any] | None = None
+    structured_outputs: _Structured | None = None
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What the answer has to fit, in whatever form it is asked for."""
+        form = self.response_format
+        if form is not None and form.json_schema is not None:
+            return form.json_schema.schema
+        if form is not None and form.type == "json_object":
+            return {"type": "object", "properties": {"answer": {"type": "string"}}}
+        structured = self.structured_outputs
+        return self.guided_json or (structured.json if structured is not None else None)
 
 
 @cache
@@ -153,7 +181,11 @@ def _answer(request: MockRequest, chat: Chat, knobs: Knobs) -> _Answer:
     texts, cut = [], False
     for index in range(max(1, chat.n or 1)):
         text = f"{MARK} {echo}" if index == 0 else f"{MARK} ({index + 1}) {echo}"
-        if knobs.completion_tokens is not None:
+        schema = chat.schema
+        if schema is not None:
+            instance = Instances(schema, request.digest + bytes((index % 256,)), text).make()
+            text = msgspec.json.encode(instance).decode()
+        elif knobs.completion_tokens is not None:
             text = _of_length(text, knobs.completion_tokens)
         # Never cut into the mark: an answer of ours must show what it is.
         if limit is not None and token_count(text) > limit:

@@ -3,6 +3,7 @@
 from batchrun.outputs.aside import ASIDE_SCHEMA, Mark, aside_slice, read_marks, read_wanted
 from batchrun.outputs.columns import NAMES
 from batchrun.outputs.footer import Aside, Footer, Schema
+from batchrun.outputs.parsed import names, parsed_columns, schema_of
 from batchrun.outputs.publish import publish
 from batchrun.outputs.read_back import (
     partial_of,
@@ -34,6 +35,8 @@ __all__ = [
     "clean_leftovers",
     "is_filtered",
     "is_truncated",
+    "names",
+    "parsed_columns",
     "partial_of",
     "publish",
     "read_back",
@@ -41,6 +44,7 @@ __all__ = [
     "read_wanted",
     "recognise",
     "remove_partial",
+    "schema_of",
     "slices_of",
     "untyped_slices",
 ]

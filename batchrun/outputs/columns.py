@@ -171,6 +171,6 @@ def _filled(values: Sequence[Any], null: object) -> Sequence[Any]:
 def _kind(status: str | None, error_kind: str | None) -> OutcomeKind:
     if status == "ok":
         return "ok"
-    if error_kind == "rejected" or error_kind in _PASSING:
+    if error_kind in ("rejected", "invalid_answer") or error_kind in _PASSING:
         return cast("OutcomeKind", error_kind)
     return "transient"  # the set is open: what we do not know is tried again

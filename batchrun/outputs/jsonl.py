@@ -15,9 +15,10 @@ from msgspec import Raw, Struct
 from batchrun import chat
 from batchrun.chat import Api
 from batchrun.errors import LocalIOError
-from batchrun.outputs.columns import COLUMNS, COUNT, INSTANT, SECONDS, SMALL, TEXT, settled
+from batchrun.outputs.columns import COLUMNS, COUNT, INSTANT, SECONDS, SMALL, TEXT, Column, settled
 from batchrun.outputs.footer import Footer, footer, footer_json
-from batchrun.outputs.rows import InvalidRow, Rows, Slice, cleaned
+from batchrun.outputs.parsed import PREFIX
+from batchrun.outputs.rows import ANSWERED, InvalidRow, Rows, Slice, cleaned
 from batchrun.outputs.target import Sink, reading
 from batchrun.types import NO_USAGE, Outcome, Usage
 
@@ -47,6 +48,7 @@ JsonMember: Final = msgspec.defstruct(
         *((column.name, _PYTHON[column.type] | None, None) for column in _EXTRA),
         ("usage", Usage | None, None),  # of an attempt whose body is not there to tell
         ("rebuilt", bool, False),  # the body holds the answer columns only
+        ("parsed", dict[str, object] | None, None),
         ("input", dict[str, object] | None, None),
     ],
     omit_defaults=True,
@@ -64,7 +66,10 @@ class _JsonLine(Struct):
 class JsonlWriter:
     """OpenAI batch output lines. The last one waits: the footer becomes its ``batchrun.run``."""
 
-    def __init__(self, sink: Sink, response_body: bool, api: Api) -> None:
+    def __init__(
+        self, sink: Sink, response_body: bool, api: Api, parsed: Sequence[Column] = ()
+    ) -> None:
+        self._parsed = parsed
         self._sink = sink
         self._response_body = response_body
         self._api = api
@@ -127,10 +132,20 @@ class JsonlWriter:
         ]
         rebuilt = [self._is_rebuilt(outcome) for outcome in rows.outcomes]
         inputs = _carried_rows(carried, len(bodies))
-        return map(JsonMember, *columns, usages, rebuilt, inputs)
+        return map(JsonMember, *columns, usages, rebuilt, self._objects(rows), inputs)
+
+    def _objects(self, rows: Rows) -> Iterator[dict[str, object] | None]:
+        if not self._parsed:
+            return iter([None] * len(rows.outcomes))
+        names = [column.name.removeprefix(PREFIX) for column in self._parsed]
+        values = zip(*(column.values(rows) for column in self._parsed), strict=True)
+        return (
+            dict(zip(names, each, strict=True)) if failed is None else None
+            for failed, each in zip(rows.failed, values, strict=True)
+        )
 
     def _is_rebuilt(self, outcome: Outcome) -> bool:
-        return outcome.kind == "ok" and (outcome.rebuilt or not self._response_body)
+        return outcome.kind in ANSWERED and (outcome.rebuilt or not self._response_body)
 
     def _body(self, rows: Rows, at: int) -> Raw | str | None:
         outcome = rows.outcomes[at]

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.chat import Api
-from batchrun.outputs.columns import COLUMNS, INSTANT, NAMES, settled
+from batchrun.outputs.columns import COLUMNS, INSTANT, NAMES, Column, settled
 from batchrun.outputs.footer import FOOTER_KEY, Footer, footer, footer_json
-from batchrun.outputs.rows import GROUP_ROWS, PIECE_ROWS, InvalidRow, Rows, Slice, cleaned
+from batchrun.outputs.parsed import names, schema_of
+from batchrun.outputs.rows import ANSWERED, GROUP_ROWS, PIECE_ROWS, InvalidRow, Rows, Slice, cleaned
 from batchrun.outputs.target import Sink, reading
 from batchrun.types import Answer, Outcome, Usage
 
@@ -24,8 +25,11 @@ GROUP_BYTES = 12_000_000
 class ParquetWriter:
     """Collects pieces into row groups and writes each group in one call, without the GIL."""
 
-    def __init__(self, sink: Sink, carried: pa.Schema, response_body: bool) -> None:
-        self._columns = COLUMNS if response_body else COLUMNS[:-1]
+    def __init__(
+        self, sink: Sink, carried: pa.Schema, response_body: bool, more: Sequence[Column] = ()
+    ) -> None:
+        """``more`` columns stand after the answer columns."""
+        self._columns = (*(COLUMNS if response_body else COLUMNS[:-1]), *more)
         own = [pa.field(column.name, column.type) for column in self._columns]
         metadata = {k: v for k, v in (carried.metadata or {}).items() if k != FOOTER_KEY}
         self._schema = pa.schema([*carried, *own], metadata=metadata or None)
@@ -119,7 +123,9 @@ def parquet_slices(path: Path, api: Api) -> tuple[pa.Schema, Iterator[Slice]]:
     """A published file as what ``publish`` takes, with the schema of the carried columns."""
     with reading(path), path.open("rb") as raw:
         schema = pq.read_schema(raw)
-    fields = [field for field in schema if field.name not in NAMES]
+    known = parquet_footer(path)
+    taken = names(schema_of(known) if known else None)
+    fields = [field for field in schema if field.name not in taken]
     carried = pa.schema(fields, metadata=schema.metadata)
     return carried, _slices(path, carried.names, api)
 
@@ -142,8 +148,10 @@ def _settled(batch: pa.RecordBatch, names: Collection[str], api: Api) -> list[Ou
     absent = [None] * batch.num_rows
     usages = list(map(Usage, *(table.get(name, absent) for name in Usage.__struct_fields__)))
     texts = table.get("response_body", absent)
+    kinds = table.get("error_kind", absent)
     rebuilt = [
-        text is None and status == "ok" for text, status in zip(texts, table["status"], strict=True)
+        text is None and (status == "ok" or kind in ANSWERED)
+        for text, status, kind in zip(texts, table["status"], kinds, strict=True)
     ]
     bodies = [(text or "").encode() for text in texts]
     if any(rebuilt):
@@ -158,5 +166,6 @@ def _settled(batch: pa.RecordBatch, names: Collection[str], api: Api) -> list[Ou
 def back_values(column: pa.Array) -> list[Any]:
     """The values as Python has them; instants as Unix milliseconds."""
     if pa.types.is_timestamp(column.type):
-        column = column.cast(INSTANT).cast(pa.int64())
+        # A cast would load another library, in the middle of a run.
+        column = (column if column.type == INSTANT else column.cast(INSTANT)).view(pa.int64())
     return cast("list[Any]", column.to_pylist())

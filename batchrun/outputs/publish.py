@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from batchrun.chat import CHAT, Api
 from batchrun.config import OutputFormat
+from batchrun.outputs.columns import Column
 from batchrun.outputs.footer import Footer
 from batchrun.outputs.jsonl import JsonlWriter
 from batchrun.outputs.parquet import ParquetWriter
@@ -36,23 +37,25 @@ def publish(
     tally: OutputTally,
     *,
     response_body: bool,
+    more: Sequence[Column] = (),
     api: Api = CHAT,
 ) -> Footer:
     """Write every slice, in order, and return the footer with the counts filled in.
 
-    A path changes in one step, when all is written and durable: a reader sees the old file or the
-    new one. What is there by then and was not when the Target was made, or a Path given, is never
-    replaced. On any failure the old file stays and the temporary is removed. What cannot be
-    written is a LocalIOError naming the path; what ``slices`` raises passes as it is. A stream is
-    written as the rows come and flushed at the end; a BrokenPipeError of it passes as it is.
+    ``more`` columns follow those that every output has. A path changes in one step, when all is
+    written and durable: a reader sees the old file or the new one. What is there by then and was
+    not when the Target was made, or a Path given, is never replaced. On any failure the old file
+    stays and the temporary is removed. What cannot be written is a LocalIOError naming the path;
+    what ``slices`` raises passes as it is. A stream is written as the rows come and flushed at the
+    end; a BrokenPipeError of it passes as it is.
     """
     if isinstance(target, Path):
         target = Target.at(target)
     if not isinstance(target, Target):
         sink = Sink(target, "standard output")
-        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body, api)
+        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body, more, api)
     with replacing(target) as sink:
-        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body, api)
+        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body, more, api)
 
 
 def _write(
@@ -63,13 +66,14 @@ def _write(
     footer: Footer,
     tally: OutputTally,
     response_body: bool,
+    more: Sequence[Column],
     api: Api,
 ) -> Footer:
     writer: _Writer
     if fmt == "parquet":
-        writer = ParquetWriter(sink, carried_schema, response_body)
+        writer = ParquetWriter(sink, carried_schema, response_body, more)
     else:
-        writer = JsonlWriter(sink, response_body, api)
+        writer = JsonlWriter(sink, response_body, api, more)
     try:
         for whole in slices:
             for piece in pieces(whole):

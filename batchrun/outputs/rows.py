@@ -16,6 +16,8 @@ from batchrun.types import NO_USAGE, Answer, Answers, Outcome, Tokens
 GROUP_ROWS = 20_000
 PIECE_ROWS = 1_024
 PIECE_BYTES = 4_000_000
+# Kinds whose body is a completion; that of the other was not what was asked for.
+ANSWERED = frozenset(("ok", "invalid_answer"))
 
 
 # Stands for a row that never became a request, and alone has no hash: but for its code
@@ -156,7 +158,7 @@ def _rows(
         [usage.cached_tokens for usage in usages],
         [usage.reasoning_tokens for usage in usages],
     )
-    bodies = [o.body if o.kind == "ok" else api.nothing for o in outcomes]
+    bodies = [o.body if o.kind in ANSWERED else api.nothing for o in outcomes]
     return Rows(custom_ids, outcomes, failed, tokens, api.columns(bodies))
 
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from batchrun import process
-from batchrun.chat import PromptSettings
+from batchrun.chat import AnswerSchema, PromptSettings
 from batchrun.config import MAX_CONCURRENCY, RunConfig
 from batchrun.endpoint import ChatEndpoint
 from batchrun.errors import UsageError
@@ -31,7 +31,13 @@ def prompt_settings(config: RunConfig) -> PromptSettings:
         prompt=config.prompt,
         messages=config.messages,
         image=config.image,
+        schema_digest=schema.digest if (schema := answer_schema(config)) is not None else b"",
     )
+
+
+def answer_schema(config: RunConfig) -> AnswerSchema | None:
+    """The schema that answers have to fit; UsageError for what is none."""
+    return None if config.schema is None else AnswerSchema(config.schema)
 
 
 def model_of(config: RunConfig) -> str | None:

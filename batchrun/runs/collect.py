@@ -18,7 +18,7 @@ from batchrun.inputs import Batch
 from batchrun.journal import Journal, Saved, StateDir, holder, read_saved, restored
 from batchrun.outputs import Footer, OutputTally, Schema, Slice, Target
 from batchrun.runs import passes
-from batchrun.runs.asking import prompt_settings
+from batchrun.runs.asking import answer_schema, prompt_settings
 from batchrun.runs.facts import now_utc
 from batchrun.runs.place import state_of
 from batchrun.runs.plan import make_plan
@@ -75,6 +75,7 @@ def _collected(
         footer,
         tally,
         response_body=config.response_body,
+        more=outputs.parsed_columns(answer_schema(config)),
     )
     return CollectFacts(
         output=target,
@@ -106,6 +107,7 @@ def _converted(output: str, target: str) -> CollectFacts:
         footer,
         tally,
         response_body=bool(footer.publishing.get("response_body", True)),
+        more=outputs.parsed_columns(outputs.schema_of(footer)),
     )
     return CollectFacts(
         output=target,

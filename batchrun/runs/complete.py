@@ -16,7 +16,7 @@ from batchrun.console import Progress
 from batchrun.errors import BatchrunError, EndpointRefused, UsageError
 from batchrun.inputs import image_urls
 from batchrun.runs.asking import chat_endpoint, prompt_settings
-from batchrun.sending import EarlyEnd, Feed, Sender, outcome_of, refusal
+from batchrun.sending import EarlyEnd, Feed, Sender, Spent, asked, outcome_of, refusal
 from batchrun.types import Answer, Attempt, Decision, Outcome, Request, Result, Tries
 
 # Requests read ahead, and results waiting for their reader: what bounds the memory.
@@ -34,11 +34,12 @@ async def complete(
     """
     end = EarlyEnd()
     async with chat_endpoint(config) as endpoint:
-        desk = _ResultDesk(endpoint.host)
+        how = asked(endpoint.send, config)
+        desk = _ResultDesk(endpoint.host, how.spent)
         reader = _Reader(_Builders(config), iter(requests), desk, end)
         # Whoever leaves the block, or is refused, waits for nothing.
         hasty = replace(config, drain_s=0.0)
-        sender = Sender(hasty, endpoint, desk, Progress(quiet=True), one_model=False)
+        sender = Sender(hasty, endpoint, desk, Progress(quiet=True), how, one_model=False)
         # Not a TaskGroup: it would wrap what the caller's own block raises.
         task = asyncio.create_task(_send(sender, reader, desk, end))
         try:
@@ -72,8 +73,9 @@ async def _results(
 class _ResultDesk:
     """Hands what the pool reports to the caller: nothing is journaled."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, spent: Callable[[Request], Spent]) -> None:
         self._host = host
+        self._spent = spent
         self._ids: dict[int, str] = {}  # row -> custom_id, of rows on their way
         self._results: deque[Result] = deque()
         self._ended = False
@@ -123,7 +125,7 @@ class _ResultDesk:
         return refusal(self._host, decision) if decision.kind == "fatal" else None
 
     def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
-        outcome = outcome_of(request, attempt, decision, tries)
+        outcome = outcome_of(request, attempt, decision, tries, self._spent(request))
         self.give(result_of(self._ids.pop(request.row), outcome))
         self._room.set()
 
@@ -229,7 +231,8 @@ class _Builders:
 def result_of(custom_id: str, outcome: Outcome) -> Result:
     """One finished row as the Python API shows it."""
     ok = outcome.kind == "ok"
-    answer = CHAT.answer(outcome.body) if ok else Answer()
+    has_answer = ok or outcome.kind == "invalid_answer"
+    answer = CHAT.answer(outcome.body) if has_answer else Answer()
     return Result(
         custom_id=custom_id,
         status="ok" if ok else "error",
@@ -237,7 +240,7 @@ def result_of(custom_id: str, outcome: Outcome) -> Result:
         finish_reason=answer.finish_reason,
         request_model=outcome.model or None,
         response_model=answer.response_model,
-        usage=answer.usage if ok else outcome.usage,
+        usage=outcome.usage,
         reasoning=answer.reasoning,
         tool_calls=answer.tool_calls,
         error_kind=None if ok else outcome.kind,

@@ -93,7 +93,7 @@ async def send(begun: Begun, opened: Opened, plan: Plan) -> Sent:
     if lost and delivered.cause is None:
         # A bug, and one that must not become a file with rows missing.
         raise RuntimeError(f"{count(lost, 'row')} {verb(lost, 'were')} neither answered nor failed")
-    return Sent(delivered, sending_s, notes)
+    return Sent(delivered, sending_s, (*notes, *delivered.notes))
 
 
 def say_stopped(begun: Begun, summary: RunSummary) -> None:

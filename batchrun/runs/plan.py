@@ -24,6 +24,7 @@ from batchrun.config import RunConfig, default_output
 from batchrun.errors import UsageError
 from batchrun.inputs import BadRow, Carried, ColumnTypes, RepeatedIds, Row, Rows
 from batchrun.journal import Held, Journal, Survey
+from batchrun.runs.asking import answer_schema
 from batchrun.runs.opening import Begun, Opened
 from batchrun.runs.sources import CheckStop, Source, batches, check_unchanged, invalid_of
 from batchrun.runs.unused import Unused
@@ -111,7 +112,7 @@ def make_plan(
 
     ``check_stop`` is called once a batch and raises to end the pass.
     """
-    types, ids = ColumnTypes(config.carry, outputs.NAMES), RepeatedIds()
+    types, ids = ColumnTypes(config.carry, outputs.names(answer_schema(config))), RepeatedIds()
     slots, counts, models = array("I"), Counts(), set[str]()
     journal.begin_pass()
     for source, batch in batches(sources, config.limit, check_stop, observe=types.observe):

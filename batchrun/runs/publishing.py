@@ -13,6 +13,7 @@ from batchrun.errors import BatchrunError
 from batchrun.journal import Journal
 from batchrun.outputs import Footer, OutputTally
 from batchrun.runs import passes
+from batchrun.runs.asking import answer_schema
 from batchrun.runs.delivery import hosts_of
 from batchrun.runs.facts import now_utc, utc
 from batchrun.runs.opening import Begun, Found, Opened
@@ -67,6 +68,7 @@ def publish(begun: Begun, found: Found, opened: Opened, plan: Plan) -> Footer:
         footer,
         OutputTally(),
         response_body=config.response_body,
+        more=outputs.parsed_columns(answer_schema(config)),
     )
 
 

@@ -11,7 +11,7 @@ from batchrun.chat import Invalid
 from batchrun.config import STDIN, RunConfig
 from batchrun.console import BadRowFacts, ValidateFacts
 from batchrun.journal import SlotTable, StateDir
-from batchrun.runs.asking import prompt_settings
+from batchrun.runs.asking import answer_schema, prompt_settings
 from batchrun.runs.facts import file_facts
 from batchrun.runs.plan import notes
 from batchrun.runs.sources import Source, batches, identified, lay_out, never_stop
@@ -29,7 +29,8 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
         files, skipped = inputs.resolve(config.inputs, config.input_format, spool=spool)
         settings = prompt_settings(config)
         sources = lay_out(files, settings, config)
-        types, ids = inputs.ColumnTypes(config.carry, outputs.NAMES), inputs.RepeatedIds()
+        taken = outputs.names(answer_schema(config))
+        types, ids = inputs.ColumnTypes(config.carry, taken), inputs.RepeatedIds()
         table = SlotTable()
         rows_of = Counter[Source]()
         repeats = bad = 0

@@ -6,6 +6,7 @@ from batchrun.sending.feed import Feed
 from batchrun.sending.meter import Totals
 from batchrun.sending.sender import EarlyEnd, Sender
 from batchrun.sending.tally import RunTally
+from batchrun.sending.typed import Spent, asked
 
 __all__ = [
     "Delivered",
@@ -14,7 +15,9 @@ __all__ = [
     "Job",
     "RunTally",
     "Sender",
+    "Spent",
     "Totals",
+    "asked",
     "deliver",
     "outcome_of",
     "refusal",

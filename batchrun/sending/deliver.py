@@ -17,7 +17,7 @@ and fdatasync runs once a second in a thread of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -30,6 +30,7 @@ from batchrun.sending.meter import Meter, Totals
 from batchrun.sending.pool import Pool
 from batchrun.sending.sender import TICK_S, EarlyEnd, OpenEndpoint, Sender, read_ahead
 from batchrun.sending.tally import RunTally
+from batchrun.sending.typed import asked
 from batchrun.types import Bound, Request
 
 SYNC_S = 1.0
@@ -52,6 +53,7 @@ class Delivered(NamedTuple):
     bound_by: Bound
     reopened: int  # rows that failed alike and are pending again
     wrong_model: bool
+    notes: Sequence[str] = ()  # what was found out on the way
 
 
 class Watch(Protocol):
@@ -64,9 +66,11 @@ async def deliver(
     job: Job, endpoint: OpenEndpoint, journal: Journal, end: EarlyEnd, talk: Progress, watch: Watch
 ) -> Delivered:
     """Send the job's requests until they are settled or something ends the run."""
-    desk = JournalDesk(journal, endpoint.host, abort_after=job.config.abort_after)
+    how = asked(endpoint.send, job.config)
+    desk = JournalDesk(journal, endpoint.host, abort_after=job.config.abort_after, spent=how.spent)
+    answered = journal.count(Held.OK)
     sender = Sender(
-        job.config, endpoint, desk, talk, one_model=job.one_model, answered=journal.count(Held.OK)
+        job.config, endpoint, desk, talk, how, one_model=job.one_model, answered=answered
     )
     meter = Meter(sender, desk.tally, job.before)
     with ThreadPoolExecutor(1, "batchrun-sync") as syncer:
@@ -80,7 +84,10 @@ async def deliver(
         desk.idle()
         await asyncio.to_thread(journal.sync)
     talk.update(meter.snapshot())
-    return Delivered(cause, desk.tally, meter.bound_by(), desk.reopened, desk.wrong_model)
+    found_out = how.said()
+    return Delivered(
+        cause, desk.tally, meter.bound_by(), desk.reopened, desk.wrong_model, found_out
+    )
 
 
 async def _show(meter: Meter, talk: Progress) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from batchrun import chat
 from batchrun.errors import EndpointRefused
 from batchrun.journal import Held, Journal
 from batchrun.sending.classify import NEXT_STEPS
 from batchrun.sending.tally import RunTally
+from batchrun.sending.typed import NOTHING_SPENT, Spent, nothing_spent
 from batchrun.types import NO_USAGE, Attempt, Decision, Outcome, Reply, Request, Tries
 
 # An endpoint's error page is kept for the record; beyond this it is somebody's web site.
@@ -29,7 +32,14 @@ class JournalDesk:
     the run and opens those rows again; 0 compares nothing.
     """
 
-    def __init__(self, journal: Journal, host: str, *, abort_after: int) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        host: str,
+        *,
+        abort_after: int,
+        spent: Callable[[Request], Spent] = nothing_spent,
+    ) -> None:
         self.tally = RunTally()
         self.reopened = 0
         self.wrong_model = False
@@ -37,6 +47,7 @@ class JournalDesk:
         self._host = host
         self._unwritten: list[tuple[Outcome, Reply | None, int]] = []
         self._abort_after = abort_after
+        self._spent = spent
         self._ever_ok = journal.count(Held.OK) > 0
         self._alike: dict[str, list[int]] = {}
 
@@ -59,7 +70,7 @@ class JournalDesk:
     def settled(
         self, request: Request, attempt: Attempt, decision: Decision, tries: Tries
     ) -> EndpointRefused | None:
-        outcome = outcome_of(request, attempt, decision, tries)
+        outcome = outcome_of(request, attempt, decision, tries, self._spent(request))
         self._journal.settled(request.slot, outcome)
         self._unwritten.append((outcome, attempt.reply, request.row))
         if decision.kind == "ok":
@@ -106,32 +117,40 @@ class JournalDesk:
         return EndpointRefused(f"the first {first}: {decision.reason}")
 
 
-def outcome_of(request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> Outcome:
+def outcome_of(
+    request: Request,
+    attempt: Attempt,
+    decision: Decision,
+    tries: Tries,
+    spent: Spent = NOTHING_SPENT,
+) -> Outcome:
     """What the journal keeps of a settled request."""
     kind = decision.kind
     assert kind != "fatal"
     reply = attempt.reply
     body = attempt.body
     ok = kind == "ok"
-    if not ok and len(body) > MAX_ERROR_BODY:
+    is_answer = ok or kind == "invalid_answer"
+    # Tokens that a broken answer mentions belong to an attempt in doubt, not to an answer.
+    usage = reply.usage if is_answer and reply is not None else NO_USAGE
+    if not is_answer and len(body) > MAX_ERROR_BODY:
         body = b""
     return Outcome(
         hash=request.hash,
         occurrence=request.occurrence,
         kind=kind,
-        final=ok or kind == "rejected" or tries.doubt_spent,
+        final=is_answer or kind == "rejected" or tries.doubt_spent,
         attempts=tries.attempts,
         in_doubt=request.in_doubt + tries.in_doubt,
         http_status=attempt.status,
         code="" if ok else decision.code,
         message="" if ok else decision.reason,
         request_id=_request_id(attempt),
-        model=request.model,
+        model=spent.model or request.model,
         latency_s=attempt.ended_s - attempt.started_s,
         ttft_s=attempt.ttft_s,
         finished_at_ms=attempt.finished_at_ms,
-        # Tokens that a broken answer mentions belong to an attempt in doubt, not to an answer.
-        usage=reply.usage if ok and reply is not None else NO_USAGE,
+        usage=usage if spent is NOTHING_SPENT else spent.usage + usage,
         body=body,
     )
 

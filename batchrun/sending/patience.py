@@ -95,6 +95,8 @@ class Policy:
         """
         tally.attempts += 1
         tally.in_doubt += decision.in_doubt
+        if decision.again:
+            return Wait(0.0)
         if decision.kind not in _PASSING_KINDS:
             return GiveUp()
         if decision.unreachable:

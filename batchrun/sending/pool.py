@@ -304,7 +304,8 @@ class Pool:
     def _go_on(
         self, request: Request, attempt: Attempt, decision: Decision
     ) -> BatchrunError | None:
-        stays_pending = self.cause is not None and decision.kind != "rejected"
+        is_final = decision.kind in ("rejected", "invalid_answer") and not decision.again
+        stays_pending = self.cause is not None and not is_final
         if decision.kind == "fatal" or stays_pending:
             return self._desk.failed(request, decision, again=False)
         others: Others = "before" if self._answered else "never"

@@ -16,10 +16,10 @@ from batchrun.config import RunConfig
 from batchrun.console import Progress
 from batchrun.errors import BatchrunError, Interrupted
 from batchrun.limits import Limits, LimitSettings
-from batchrun.sending.classify import classify
 from batchrun.sending.feed import Feed
 from batchrun.sending.patience import Persistence
 from batchrun.sending.pool import Desk, Pool
+from batchrun.sending.typed import Asked
 from batchrun.types import Attempt, Request
 from batchrun.words import count, duration, verb
 
@@ -89,6 +89,7 @@ class Sender:
         endpoint: OpenEndpoint,
         desk: Desk,
         talk: Progress,
+        asked: Asked,
         *,
         one_model: bool,
         answered: int = 0,
@@ -105,8 +106,8 @@ class Sender:
         self.feed = Feed()
         self.pool = Pool(
             feed=self.feed,
-            send=endpoint.send,
-            judge=classify,
+            send=asked.send,
+            judge=asked.judge,
             admission=self.limits,
             persistence=Persistence(
                 max_retries=config.max_retries,

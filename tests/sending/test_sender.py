@@ -11,6 +11,7 @@ from batchrun.console.progress import Progress
 from batchrun.errors import BatchrunError, Interrupted, StoppedEarly
 from batchrun.sending.feed import Feed
 from batchrun.sending.sender import EarlyEnd, Sender, read_ahead
+from batchrun.sending.typed import asked
 from batchrun.types import Attempt, Decision, Request, Tries
 
 ROWS = 20
@@ -57,7 +58,8 @@ class Doubts:
 
 def sender(endpoint: Silent, desk: Doubts) -> Sender:
     config = RunConfig(inputs=(), output="-", concurrency=100, drain_s=3600.0)
-    return Sender(config, endpoint, desk, Progress(quiet=True), one_model=True)
+    how = asked(endpoint.send, config)
+    return Sender(config, endpoint, desk, Progress(quiet=True), how, one_model=True)
 
 
 def rows() -> list[Request]:
