@@ -28,6 +28,7 @@ from batchrun.config import (
 )
 from batchrun.console import Progress
 from batchrun.errors import NoKey, UsageError
+from batchrun.money import Price
 from batchrun.providers import resolve
 from batchrun.secret import Secret
 from batchrun.summary import RunSummary
@@ -96,6 +97,7 @@ class Options(Where, total=False):
     keep_unused_days: float | None
     carry: tuple[str, ...] | None
     response_body: bool
+    price: Price | None
     command: str
 
 

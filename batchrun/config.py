@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from batchrun.errors import UsageError
+from batchrun.money import Price
 from batchrun.providers import MOCK, Endpoint
 from batchrun.secret import Secret
 
@@ -148,6 +149,7 @@ class RunConfig:
     # publishing settings
     carry: tuple[str, ...] | None = None  # None: all; () none
     response_body: bool = True
+    price: Price | None = None  # None: the one remembered with the output, if any
 
     # the words for people
     command: str = "batchrun submit"  # what `next` lines repeat, without secrets
@@ -215,7 +217,9 @@ class RunConfig:
         }
 
     def publishing_settings(self) -> dict[str, JSONValue]:
+        price: dict[str, JSONValue] = {"price": self.price.told()} if self.price else {}
         return {
+            **price,
             "carry": None if self.carry is None else list(self.carry),
             "response_body": self.response_body,
             "format": self.output_format,

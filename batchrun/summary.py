@@ -44,6 +44,7 @@ class TokenCounts(Struct):
     cached: int | None = None
     reasoning: int | None = None
     rows_without_usage: int = 0
+    cost_usd: float | None = None  # of the rows with usage; None: no price is known
 
 
 class OutputTotals(Struct):

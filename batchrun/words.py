@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Final
@@ -61,6 +62,13 @@ def verb(number: int, plural: str) -> str:
     """``repeats`` for one, ``repeat`` for more; ``was`` and ``were``, ``is`` and ``are``."""
     singular = {"were": "was", "are": "is", "have": "has"}
     return singular.get(plural, f"{plural}s") if number == 1 else plural
+
+
+def dollars(amount: float) -> str:
+    """``$1,204.10``, ``$0.0421``: cents, and two digits of what is less than one."""
+    if amount >= 0.1 or amount == 0:
+        return f"${amount:,.2f}"
+    return f"${amount:.{1 - math.floor(math.log10(amount))}f}"
 
 
 def rate(per_s: float) -> str:

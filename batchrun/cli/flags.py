@@ -37,6 +37,7 @@ from batchrun.config import (
     SchemaDialect,
     Shape,
 )
+from batchrun.money import Price
 from batchrun.providers import PROVIDERS
 
 ENV_PREFIX = "BATCHRUN_"
@@ -307,6 +308,12 @@ DELIVERY = (
 
 
 ROWS = (
+    _output(
+        "--price",
+        read=Price.parse,
+        metavar="IN,OUT[,CACHED]",
+        help="US dollars per million tokens: what the answers cost.",
+    ),
     _sent("--limit", "-n", typed_only=True, type=int, shows="all", help="Only the first N rows."),
     _failures(
         "--retry-failed", typed_only=True, is_flag=True, help="Also send rejected rows again."

@@ -30,6 +30,7 @@ _ORDER = (
         "templates",
         "schema",
         "columns",
+        "money",
         "reruns",
         "exit-codes",
         "pipelines",

@@ -23,7 +23,7 @@ from batchrun.console.blocks import (
 from batchrun.console.facts import FinalFacts
 from batchrun.summary import ErrorCount, RowCounts, RunSummary, TokenCounts
 from batchrun.terminal import LABEL_WIDTH, WIDTH
-from batchrun.words import count, duration, rate, size, verb
+from batchrun.words import count, dollars, duration, rate, size, verb
 
 SHOWN_CAUSES = 8
 
@@ -51,6 +51,8 @@ def final_lines(summary: RunSummary) -> list[str]:
     spent = spent_words(run.tokens) if run else 0
     if spent:
         done += f", {tokens(spent)} tokens"
+    if run and run.tokens.cost_usd is not None:
+        done += f", {dollars(run.tokens.cost_usd)}"
     notes = [f"note {note}" for note in (*_answer_notes(rows), *summary.notes)]
     if summary.backup:
         notes.append(f"note the old output is {summary.backup}")
@@ -67,6 +69,7 @@ def _finished(summary: RunSummary, config: RunConfig | None, facts: FinalFacts) 
     for note in [*_answer_notes(summary.rows), *summary.notes]:
         lines += labelled("note", note)
     lines += _token_lines(summary)
+    lines += _cost_lines(summary)
     lines += _pace(summary, config)
     if summary.output not in (None, STDOUT):
         lines += labelled("output", _output_words(summary, facts))
@@ -166,6 +169,28 @@ def _token_lines(summary: RunSummary) -> list[str]:
         else:
             lines.append(f"{'':<{LABEL_WIDTH}}{own}")
     return lines
+
+
+def _cost_lines(summary: RunSummary) -> list[str]:
+    if summary.output_totals is None:
+        return []
+    words = cost_words(summary.output_totals.tokens)
+    if words is None:
+        return []
+    run = summary.this_run
+    if summary.rows.reused and run and run.tokens.cost_usd is not None:
+        words += f" (this run: {dollars(run.tokens.cost_usd)})"
+    return labelled("cost", words)
+
+
+def cost_words(tokens: TokenCounts) -> str | None:
+    """What was paid, and for how many rows nobody knows; None without a price."""
+    if tokens.cost_usd is None:
+        return None
+    words = dollars(tokens.cost_usd)
+    if unknown := tokens.rows_without_usage:
+        words += f"; {count(unknown, 'row')} reported no usage: not in it"
+    return words
 
 
 def token_words(tokens: TokenCounts) -> str | None:

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from batchrun import terminal
 from batchrun.config import INPUT_FORMATS, STDOUT
-from batchrun.console.after import causes, example, token_words
+from batchrun.console.after import causes, cost_words, example, token_words
 from batchrun.console.blocks import (
     cut,
     labelled,
@@ -129,6 +129,8 @@ def _was_finished(facts: StatusFacts) -> list[str]:
     lines += [cut(f"{'':<{LABEL_WIDTH}}{example(c)}") for c in facts.errors[:1] if c.example]
     if facts.tokens is not None and (words := token_words(facts.tokens)) is not None:
         lines += labelled("tokens", words)
+        if (cost := cost_words(facts.tokens)) is not None:
+            lines += labelled("cost", cost)
     if facts.unused_answers:
         held = count(facts.unused_answers, "answer")
         lines += labelled("unused", f"{held} of rows gone from the input in {facts.unused_file}")
@@ -157,6 +159,8 @@ def collect_block(facts: CollectFacts) -> str:
     lines += causes(facts.errors, ())
     if facts.tokens is not None and (words := token_words(facts.tokens)) is not None:
         lines += labelled("tokens", words)
+        if (cost := cost_words(facts.tokens)) is not None:
+            lines += labelled("cost", cost)
     if facts.synthetic:
         lines += labelled("note", "synthetic answers")
     if facts.output != STDOUT:

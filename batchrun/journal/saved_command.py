@@ -15,6 +15,7 @@ from msgspec import Struct
 from batchrun.config import CURRENT, STDIN, InputFormat, JSONValue, OutputFormat, RunConfig, Shape
 from batchrun.files import read_json, write_json
 from batchrun.journal.state import StateDir
+from batchrun.money import Price
 
 
 class Saved(Struct, frozen=True, kw_only=True):
@@ -42,6 +43,7 @@ class Saved(Struct, frozen=True, kw_only=True):
     limit: int | None = None
     carry: list[str] | None = None
     response_body: bool = True
+    price: Price | None = None
 
 
 def save_config(state: StateDir, config: RunConfig, model: str | None, hosts: list[str]) -> None:
@@ -69,6 +71,7 @@ def save_config(state: StateDir, config: RunConfig, model: str | None, hosts: li
         limit=config.limit,
         carry=None if config.carry is None else list(config.carry),
         response_body=config.response_body,
+        price=config.price,
     )
     with contextlib.suppress(OSError):
         write_json(state.saved_command, saved)
@@ -113,5 +116,6 @@ def restored(saved: Saved) -> RunConfig:
         limit=saved.limit,
         carry=None if saved.carry is None else tuple(saved.carry),
         response_body=saved.response_body,
+        price=saved.price,
         command=saved.command,
     )

@@ -1,4 +1,4 @@
-"""Add up outcomes: rows by kind, failures by cause, tokens. Money comes later, from the same sums.
+"""Add up outcomes: rows by kind, failures by cause, tokens, and what they cost.
 
 Two ledgers. ``RunTally`` counts what this run did, live, for the bar and ``this_run``.
 ``OutputTally`` counts what the output holds, row by row while it is published, whoever asked for
@@ -7,9 +7,11 @@ it and when. Both cost under a microsecond a row and do not grow with the number
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
+from batchrun.money import Price
 from batchrun.summary import ErrorCount, ErrorExample, RowCounts, TokenCounts
 from batchrun.types import Answer, Answers, Outcome, Tokens, Usage
 
@@ -32,9 +34,14 @@ def is_filtered(finish_reason: str | None, refusal: bool) -> bool:
 class TokenSums:
     """Sums of reported tokens. A sum of nothing reported stays ``None``, never 0."""
 
-    __slots__ = ("cached", "completion", "prompt", "reasoning", "rows_without_usage", "total")
+    __slots__ = (
+        *("cached", "completion", "cost_usd", "price"),
+        *("prompt", "reasoning", "rows_without_usage", "total"),
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, price: Price | None = None) -> None:
+        self.price = price
+        self.cost_usd: float | None = None
         self.prompt: int | None = None
         self.completion: int | None = None
         self.total: int | None = None
@@ -56,6 +63,13 @@ class TokenSums:
             self.cached = (self.cached or 0) + usage.cached_tokens
         if usage.reasoning_tokens is not None:
             self.reasoning = (self.reasoning or 0) + usage.reasoning_tokens
+        if self.price is not None:
+            self.add_costs((self.price.cost_usd(usage),))
+
+    def add_costs(self, costs: Iterable[float | None]) -> None:
+        known = [cost for cost in costs if cost is not None]
+        if known:
+            self.cost_usd = math.fsum((self.cost_usd or 0.0, *known))
 
     def add_all(self, tokens: Tokens) -> None:
         """As ``add`` for many rows."""
@@ -81,6 +95,7 @@ class TokenSums:
             cached=self.cached,
             reasoning=self.reasoning,
             rows_without_usage=self.rows_without_usage,
+            cost_usd=self.cost_usd,
         )
 
 
@@ -118,11 +133,12 @@ class Causes:
 class OutputTally:
     """What an output holds: every row of it is told once, by ``add`` or ``add_ok``."""
 
-    __slots__ = ("_causes", "_models", "_tokens", "rows")
+    __slots__ = ("_causes", "_models", "_tokens", "price", "rows")
 
-    def __init__(self) -> None:
+    def __init__(self, price: Price | None = None) -> None:
         self.rows = RowCounts(total=0)  # ``reused`` is not an output's to know
-        self._tokens = TokenSums()
+        self.price = price
+        self._tokens = TokenSums(price)
         self._causes = Causes()
         self._models: dict[str, None] = {}
 
@@ -161,6 +177,9 @@ class OutputTally:
         self._count(len(occurrences))
         self.rows.ok += len(occurrences)
         self._tokens.add_all(tokens)
+        if self.price is not None:
+            usages = map(Usage, *tokens)
+            self._tokens.add_costs(map(self.price.cost_usd, usages))
         self.rows.duplicate += len(occurrences) - occurrences.count(0)
         self.note_models(models)
         reasons, responses, refusals = answers.finish_reasons, answers.responses, answers.refusals

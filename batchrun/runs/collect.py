@@ -16,6 +16,7 @@ from batchrun.console import CollectFacts
 from batchrun.errors import UsageError
 from batchrun.inputs import Batch
 from batchrun.journal import Journal, Saved, StateDir, holder, read_saved, restored
+from batchrun.money import Price
 from batchrun.outputs import Footer, OutputTally, Schema, Slice, Target
 from batchrun.runs import passes
 from batchrun.runs.asking import answer_schema, prompt_settings
@@ -54,7 +55,7 @@ def _collected(
     sources = lay_out(files.files, prompt_settings(config), config)
     planned = make_plan(sources, config, book, never_stop)
     place = _target_of(target, output, book.header.run_id, [each.path for each in files.files])
-    tally = OutputTally()
+    tally = OutputTally(config.price)
     footer = Footer(
         batchrun_version=VERSION,
         run_id=book.header.run_id,
@@ -97,7 +98,7 @@ def _converted(output: str, target: str) -> CollectFacts:
         raise UsageError(f"{output}: no run and no output of batchrun there")
     place = _target_of(target, output, footer.run_id, map(Path, footer.inputs))
     footer = replace(footer, collected_from=_origin(output, target))
-    tally = OutputTally()
+    tally = OutputTally(Price.remembered(footer.publishing))
     schema, slices = _published_slices(Path(output))
     outputs.publish(
         place,

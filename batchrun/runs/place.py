@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from batchrun import process
+from batchrun import outputs, process
 from batchrun.config import STATE_SUFFIX, IfLocked, RunConfig
 from batchrun.console import Progress
 from batchrun.errors import LocalIOError, Locked, UsageError
-from batchrun.journal import Lock, StateDir, locate, locked
+from batchrun.journal import Lock, StateDir, locate, locked, read_saved
+from batchrun.money import Price
 from batchrun.runs.stop import Stop
 
 
@@ -96,3 +97,13 @@ def check_output(config: RunConfig) -> None:
             pass
     except OSError as exc:
         raise LocalIOError(f"{path}: cannot write in {parent}: {exc.strerror}") from exc
+
+
+def remembered_price(config: RunConfig, state: StateDir) -> Price | None:
+    """The price that an unfinished run, or else the output, was given."""
+    if (saved := read_saved(state)) is not None and saved.price is not None:
+        return saved.price
+    if config.to_stdout or not os.path.exists(config.output):
+        return None
+    footer = outputs.recognise(Path(config.output))
+    return None if footer is None else Price.remembered(footer.publishing)

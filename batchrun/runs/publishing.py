@@ -66,7 +66,7 @@ def publish(begun: Begun, found: Found, opened: Opened, plan: Plan) -> Footer:
         plan.carried.schema,
         passes.slices(plan, book, config, begun.stop.check),
         footer,
-        OutputTally(),
+        OutputTally(config.price),
         response_body=config.response_body,
         more=outputs.parsed_columns(answer_schema(config)),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 from batchrun import process
 from batchrun.config import RunConfig
@@ -47,6 +48,8 @@ async def run(
         if config.deadline_s is not None:
             stack.enter_context(stop.at_deadline(config.deadline_s))
         lock = await place.hold(config, stop, talk, stack)
+        if config.price is None:
+            config = replace(config, price=place.remembered_price(config, lock.state))
         return await _begin(Begun.now(config, talk, stop, lock), rows)
 
 

@@ -67,7 +67,13 @@ async def deliver(
 ) -> Delivered:
     """Send the job's requests until they are settled or something ends the run."""
     how = asked(endpoint.send, job.config)
-    desk = JournalDesk(journal, endpoint.host, abort_after=job.config.abort_after, spent=how.spent)
+    desk = JournalDesk(
+        journal,
+        endpoint.host,
+        abort_after=job.config.abort_after,
+        spent=how.spent,
+        price=job.config.price,
+    )
     answered = journal.count(Held.OK)
     sender = Sender(
         job.config, endpoint, desk, talk, how, one_model=job.one_model, answered=answered

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from batchrun import chat
 from batchrun.errors import EndpointRefused
 from batchrun.journal import Held, Journal
+from batchrun.money import Price
 from batchrun.sending.classify import NEXT_STEPS
 from batchrun.sending.tally import RunTally
 from batchrun.sending.typed import NOTHING_SPENT, Spent, nothing_spent
@@ -39,8 +40,9 @@ class JournalDesk:
         *,
         abort_after: int,
         spent: Callable[[Request], Spent] = nothing_spent,
+        price: Price | None = None,
     ) -> None:
-        self.tally = RunTally()
+        self.tally = RunTally(price)
         self.reopened = 0
         self.wrong_model = False
         self._journal = journal

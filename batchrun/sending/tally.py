@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from batchrun.money import Price
 from batchrun.outputs import Causes, TokenSums, is_filtered, is_truncated
 from batchrun.summary import ErrorCount, ErrorExample, TokenCounts
 from batchrun.types import Decision, Outcome, Reply
@@ -30,7 +31,7 @@ class RunTally:
         "unsuccessful_attempts",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, price: Price | None = None) -> None:
         self.ok = 0
         self.failed = 0
         self.truncated = 0
@@ -41,7 +42,7 @@ class RunTally:
         self.rate_limited = 0
         self.in_doubt = 0
         self.cut_off = 0
-        self._tokens = TokenSums()
+        self._tokens = TokenSums(price)
         self._causes = Causes()
 
     def add(self, outcome: Outcome, reply: Reply | None, row: int) -> None:

@@ -1,0 +1,73 @@
+"""The bill: through the command line, against the server's own books."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import StartMock, Submit
+
+from batchrun.cli.main import run_command
+from batchrun.mock.replies import MockReply, MockRequest, completion
+from batchrun.types import NO_USAGE
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_rows(number: int) -> None:
+    rows = [{"prompt": f"Question {n}? " + "x" * n, "n": n} for n in range(number)]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("output", ["out.parquet", "out.jsonl"])
+def test_the_bill_is_that_of_the_server(mock: StartMock, submit: Submit, output: str) -> None:
+    server = mock()
+    write_rows(40)
+    command = ("in.jsonl", "--base-url", server.url, "-m", "m", "-o", output, "--json")
+    billed = server.ledger.billed
+    ended = submit(*command, "--price", "2,8")
+    billed = server.ledger.billed
+    assert billed.prompt_tokens and billed.completion_tokens
+    bill = (2 * billed.prompt_tokens + 8 * billed.completion_tokens) / 1e6
+    totals = ended.summary["output_totals"]["tokens"]
+    assert totals["cost_usd"] == pytest.approx(bill)
+    assert ended.summary["this_run"]["tokens"]["cost_usd"] == pytest.approx(bill)
+    # Remembered, also when rows are added; another price asks for nothing.
+    write_rows(41)
+    ended = submit(*command)
+    billed = server.ledger.billed
+    assert billed.prompt_tokens and billed.completion_tokens
+    assert ended.summary["output_totals"]["tokens"]["cost_usd"] > bill
+    dearer = submit(*command, "--price", "20,80").summary
+    bill = (20 * billed.prompt_tokens + 80 * billed.completion_tokens) / 1e6
+    assert dearer["output_totals"]["tokens"]["cost_usd"] == pytest.approx(bill)
+    assert server.ledger.requests == 41
+
+
+def test_without_a_price_nothing_is_said_to_be_free(mock: StartMock, submit: Submit) -> None:
+    server = mock()
+    write_rows(3)
+    ended = submit("in.jsonl", "--base-url", server.url, "-m", "m", "--json")
+    assert ended.summary["output_totals"]["tokens"]["cost_usd"] is None
+
+
+def test_rows_without_usage_are_not_in_the_bill_and_counted(
+    mock: StartMock, submit: Submit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def respond(request: MockRequest) -> MockReply | None:
+        return completion(request, usage=NO_USAGE) if b"Question 1?" in request.body else None
+
+    server = mock(respond=respond)
+    write_rows(3)
+    to = ("--base-url", server.url, "-m", "m", "-o", "out.parquet", "--price", "1,1")
+    assert submit("in.jsonl", *to).code == 0
+    assert run_command(["status", "out.parquet"]) == 0
+    said = capsys.readouterr().err
+    assert "cost      $" in said
+    assert "1 row reported no usage" in said
+    assert pq.read_metadata("out.parquet").num_rows == 3
