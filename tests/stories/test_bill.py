@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import StartMock, Submit
+from mock_servers import MockServerThread
 
 from batchrun.cli.main import run_command
 from batchrun.mock.replies import MockReply, MockRequest, completion
@@ -24,27 +25,30 @@ def write_rows(number: int) -> None:
     Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def bill_of(server: MockServerThread, of_prompt: float, of_completion: float) -> float:
+    """What the server's own books make of its tokens."""
+    billed = server.ledger.billed
+    return (
+        (billed.prompt_tokens or 0) * of_prompt + (billed.completion_tokens or 0) * of_completion
+    ) / 1e6
+
+
 @pytest.mark.parametrize("output", ["out.parquet", "out.jsonl"])
 def test_the_bill_is_that_of_the_server(mock: StartMock, submit: Submit, output: str) -> None:
     server = mock()
     write_rows(40)
     command = ("in.jsonl", "--base-url", server.url, "-m", "m", "-o", output, "--json")
-    billed = server.ledger.billed
     ended = submit(*command, "--price", "2,8")
-    billed = server.ledger.billed
-    assert billed.prompt_tokens and billed.completion_tokens
-    bill = (2 * billed.prompt_tokens + 8 * billed.completion_tokens) / 1e6
+    bill = bill_of(server, 2, 8)
     totals = ended.summary["output_totals"]["tokens"]
     assert totals["cost_usd"] == pytest.approx(bill)
     assert ended.summary["this_run"]["tokens"]["cost_usd"] == pytest.approx(bill)
     # Remembered, also when rows are added; another price asks for nothing.
     write_rows(41)
     ended = submit(*command)
-    billed = server.ledger.billed
-    assert billed.prompt_tokens and billed.completion_tokens
     assert ended.summary["output_totals"]["tokens"]["cost_usd"] > bill
     dearer = submit(*command, "--price", "20,80").summary
-    bill = (20 * billed.prompt_tokens + 80 * billed.completion_tokens) / 1e6
+    bill = bill_of(server, 20, 80)
     assert dearer["output_totals"]["tokens"]["cost_usd"] == pytest.approx(bill)
     assert server.ledger.requests == 41
 
