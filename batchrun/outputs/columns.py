@@ -22,6 +22,7 @@ TEXT: Final = pa.string()
 COUNT: Final = pa.int64()
 SMALL: Final = pa.int32()
 SECONDS: Final = pa.float64()
+DOLLARS: Final = pa.float64()
 INSTANT: Final = pa.timestamp("ms", tz="UTC")  # as Unix milliseconds, in and out
 
 
@@ -93,6 +94,7 @@ COLUMNS: Final = (
     Column("total_tokens", COUNT, lambda rows: rows.tokens.total),
     Column("cached_tokens", COUNT, lambda rows: rows.tokens.cached),
     Column("reasoning_tokens", COUNT, lambda rows: rows.tokens.reasoning),
+    Column("cost_usd", DOLLARS, lambda rows: rows.costs, extra=True),
     Column("reasoning", TEXT, lambda rows: rows.answers.reasonings, repeats=False),
     Column("tool_calls", TEXT, lambda rows: rows.answers.tool_calls, repeats=False),
     Column("error_kind", TEXT, _kinds, extra=True),

@@ -10,6 +10,7 @@ import pyarrow as pa
 from msgspec import Struct
 
 from batchrun.chat import Api
+from batchrun.money import Price
 from batchrun.outputs.tally import OutputTally
 from batchrun.types import NO_USAGE, Answer, Answers, Outcome, Tokens
 
@@ -71,6 +72,7 @@ class Rows(NamedTuple):
     failed: Sequence[Outcome | None]  # the same, None where the row is ok
     tokens: Tokens
     answers: Answers
+    costs: Sequence[float | None]  # US dollars
 
     def answer(self, at: int) -> Answer:
         said = self.answers
@@ -139,7 +141,7 @@ def told(piece: Slice, tally: OutputTally, api: Api) -> tuple[Rows, pa.RecordBat
             row = cast("Outcome | InvalidRow", found[at])
             source = clean(piece.sources[kept[at]])
             found[at] = failed[at] = _failed(custom_ids[at], row, source, tally)
-    rows = _rows(custom_ids, cast("list[Outcome]", found), failed, api)
+    rows = _rows(custom_ids, cast("list[Outcome]", found), failed, tally.price, api)
     _tell_ok(rows, ok, tally)
     return rows, carried
 
@@ -148,6 +150,7 @@ def _rows(
     custom_ids: Sequence[str],
     outcomes: Sequence[Outcome],
     failed: Sequence[Outcome | None],
+    price: Price | None,
     api: Api,
 ) -> Rows:
     usages = [outcome.usage for outcome in outcomes]
@@ -159,7 +162,8 @@ def _rows(
         [usage.reasoning_tokens for usage in usages],
     )
     bodies = [o.body if o.kind in ANSWERED else api.nothing for o in outcomes]
-    return Rows(custom_ids, outcomes, failed, tokens, api.columns(bodies))
+    costs = [None] * len(usages) if price is None else list(map(price.cost_usd, usages))
+    return Rows(custom_ids, outcomes, failed, tokens, api.columns(bodies), costs)
 
 
 def _tell_ok(rows: Rows, ok: list[int], tally: OutputTally) -> None:
