@@ -89,6 +89,8 @@ class Options(Where, total=False):
     deadline_s: float | None
     drain_s: float
     abort_after: int
+    max_cost: float | None
+    token_budget: int | None
     limit: int | None
     retry_failed: bool
     overwrite: bool

@@ -139,6 +139,8 @@ class RunConfig:
     deadline_s: float | None = None  # seconds from the start of the run
     drain_s: float = 25.0
     abort_after: int = 20
+    max_cost: float | None = None  # US dollars, for this output over all runs
+    token_budget: int | None = None  # the same in tokens
     limit: int | None = None
     retry_failed: bool = False
     overwrite: bool = False
@@ -164,6 +166,10 @@ class RunConfig:
         _positive("--max-outage", self.max_outage_s)
         _positive("--limit", self.limit)
         _positive("--deadline", self.deadline_s)
+        _positive("--max-cost", self.max_cost)
+        _positive("--token-budget", self.token_budget)
+        if self.max_cost is not None and self.escalate is not None:
+            raise UsageError("--max-cost: with --escalate there are two prices; use --token-budget")
         for flag, value in (
             ("--max-retries", self.max_retries),
             ("--max-in-doubt-retries", self.max_in_doubt_retries),

@@ -303,6 +303,18 @@ DELIVERY = (
         help="Start no request after this; then 75.",
     ),
     _pace("--drain", help="Wait for answers in flight at an early end."),
+    _pace(
+        "--max-cost",
+        type=float,
+        metavar="USD",
+        help="Send nothing that could cost more in all, with --price; then 75.",
+    ),
+    _pace(
+        "--token-budget",
+        type=int,
+        metavar="N",
+        help="The same in tokens, prompts and answers together.",
+    ),
     _failures("--abort-after", help="Exit 4 when the first N rows all fail alike; 0: never."),
 )
 

@@ -1,8 +1,10 @@
 """May it go now? Admission without a clock of its own, a socket or a sleep."""
 
 from batchrun.limits.admission import Limits, LimitSettings
+from batchrun.limits.budget import Budget
 
 __all__ = [
+    "Budget",
     "LimitSettings",
     "Limits",
 ]

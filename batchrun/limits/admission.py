@@ -84,6 +84,7 @@ from msgspec import Struct, structs
 
 from batchrun.errors import StoppedEarly
 from batchrun.limits.breaker import NOBODY_THERE, Breaker, local_time
+from batchrun.limits.budget import Budget
 from batchrun.limits.gate import (
     DOUBTED_WAIT_S,
     MIN_LOOK_S,
@@ -101,6 +102,8 @@ from batchrun.words import duration
 
 # A connection that fails so soon after an answer was one too many; later, and nobody may be there.
 SERVED_LATENCIES = 2.0
+# Until asking again whether the budget has room: an answer may have cost less than its worst.
+BUDGET_WAIT_S = 0.02
 
 
 class LimitSettings(Struct, frozen=True):
@@ -127,10 +130,12 @@ class Limits:
         settings: LimitSettings,
         *,
         host: str = "the endpoint",
+        budget: Budget | None = None,
         on_change: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._host = host
+        self._budget = budget
         self._window = Window(
             settings.concurrency,
             settings.max_concurrency,
@@ -173,12 +178,17 @@ class Limits:
             wait = self._held_back(model, now)
             if wait > 0.0:
                 return wait
+        budget = self._budget
+        if budget is not None and not budget.fits(request):
+            return BUDGET_WAIT_S
         quota = model.quota
         if quota.is_known:
             wait = quota.wait(request, now)
             if wait > 0.0 and (wait := self._over_quota(model, wait, now)) > 0.0:
                 return wait
             quota.charge(request, now)
+        if budget is not None:
+            budget.leaves(request)
         self._take(request, model, now)
         return 0.0
 
@@ -203,6 +213,8 @@ class Limits:
         window = self._window
         self._count_full(now)
         flight = self._flights.pop(id(request))
+        if self._budget is not None:
+            self._budget.came(request, attempt, decision)
         model = self._models[request.model]
         if decision.kind in ("ok", "invalid_answer"):  # the endpoint did its work
             self._answered_at = now
@@ -227,6 +239,8 @@ class Limits:
         """Take back the place of a request cancelled in flight; its tokens count as spent."""
         self._count_full(now)
         del self._flights[id(request)]
+        if self._budget is not None:
+            self._budget.lost(request)
         model = self._models[request.model]
         model.quota.forget(request)
         model.withdrawn(id(request))
@@ -254,6 +268,8 @@ class Limits:
 
     def stop(self, now: float) -> StoppedEarly | None:
         """Why going on is of no use, or None."""
+        if self._budget is not None and not self._flights:
+            self._verdict = self._verdict or self._budget.verdict()
         return self._verdict or self._breaker.verdict(now)
 
     def bound_by(self) -> Bound:

@@ -18,7 +18,7 @@ from batchrun.runs.asking import chat_endpoint, model_of, wanted_room
 from batchrun.runs.facts import start_facts, status_of
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import Plan
-from batchrun.sending import Delivered, Job, Totals
+from batchrun.sending import Budget, Delivered, Job, Totals
 from batchrun.summary import RunSummary, ThisRun
 from batchrun.types import Bound
 from batchrun.words import count, verb
@@ -58,12 +58,13 @@ def say_start(begun: Begun, found: Found, opened: Opened, plan: Plan) -> None:
     begun.talk.begin(counts.total, done, timeout_s=begun.config.timeout_s)
 
 
-async def send(begun: Begun, opened: Opened, plan: Plan) -> Sent:
+async def send(begun: Begun, opened: Opened, plan: Plan, budget: Budget | None) -> Sent:
     """Send until every pending row is settled or something ends the run: ``delivered.cause``."""
     config, state, started_s = begun.config, begun.state, time.monotonic()
     rows = plan.counts.rows()
     before = Totals(plan.counts.total, rows.ok, rows.error)
-    job = Job(config, passes.requests(plan, opened.book, config), len(plan.models) < 2, before)
+    requests = passes.requests(plan, opened.book, config)
+    job = Job(config, requests, len(plan.models) < 2, before, budget)
     save_config(state, config, model_of(config), hosts_of(config, opened))
 
     def write(snapshot: Snapshot, bound_by: Bound) -> None:

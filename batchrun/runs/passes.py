@@ -37,7 +37,7 @@ def requests(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[list[R
     """
     batch: list[Request] = []
     size_bytes = 0
-    for request in _pending(plan, journal, config):
+    for request in every(plan, journal, config, to_send(config)):
         batch.append(request)
         size_bytes += len(request.body)
         if len(batch) >= BATCH_ROWS or size_bytes >= BATCH_BYTES:
@@ -48,9 +48,11 @@ def requests(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[list[R
     check_unchanged(plan.sources)
 
 
-def _pending(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[Request]:
+def every(
+    plan: Plan, journal: Journal, config: RunConfig, held: Collection[Held]
+) -> Iterator[Request]:
+    """The requests of the rows with one of these, in order."""
     row_number = 0
-    held = to_send(config)
     for source, batch in batches(plan.sources, config.limit):
         first, row_number = row_number, row_number + len(batch)
         slots = plan.slots[first:row_number]

@@ -20,6 +20,7 @@ from batchrun.runs import asking, delivery, ending, opening, place, publishing
 from batchrun.runs.ending import Phases
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import plan_run
+from batchrun.runs.spending import budget_of, check_price
 from batchrun.runs.stop import Stop
 from batchrun.summary import RunSummary
 
@@ -56,6 +57,7 @@ async def run(
 async def _begin(begun: Begun, rows: RowsOrTable | None) -> RunSummary:
     opened = None
     try:
+        check_price(begun.config)
         found = await asyncio.to_thread(opening.find, begun, rows)
         if not begun.state.has_journal() and (
             footer := await asyncio.to_thread(opening.current_output, begun.config, found)
@@ -79,9 +81,14 @@ async def _go_on(begun: Begun, found: Found, opened: Opened) -> RunSummary:
     try:
         await asyncio.to_thread(opening.take_over, begun, found, opened.book)
         plan = await asyncio.to_thread(plan_run, begun, found.sources, opened)
+        budget = None
+        if plan.counts.to_send:
+            budget = await asyncio.to_thread(
+                budget_of, begun.config, plan, opened.book, begun.stop.check
+            )
         delivery.say_start(begun, found, opened, plan)
         if plan.counts.to_send:
-            sent = await delivery.send(begun, opened, plan)
+            sent = await delivery.send(begun, opened, plan, budget)
             if sent.delivered.cause is not None:
                 raise sent.delivered.cause
         begun.stop.all_sent()
@@ -91,7 +98,7 @@ async def _go_on(begun: Begun, found: Found, opened: Opened) -> RunSummary:
         published = await asyncio.to_thread(publishing.clear_up, begun, found, opened, plan, footer)
         return ending.finished(begun, published, Phases(opened, plan, sent, kept, backup))
     except BatchrunError as cause:
-        if plan is None and isinstance(cause, UsageError):
+        if sent is None and isinstance(cause, UsageError):
             raise
         summary = ending.early(cause, begun, Phases(opened, plan, sent, kept, backup))
         delivery.say_stopped(begun, summary)

@@ -25,6 +25,7 @@ from batchrun.config import RunConfig
 from batchrun.console import Progress, Snapshot
 from batchrun.errors import EXIT_IO, BatchrunError
 from batchrun.journal import Held, Journal
+from batchrun.limits import Budget
 from batchrun.sending.desk import JournalDesk
 from batchrun.sending.meter import Meter, Totals
 from batchrun.sending.pool import Pool
@@ -43,6 +44,7 @@ class Job(NamedTuple):
     requests: Iterator[list[Request]]  # iterated in a thread of its own, ahead of the sending
     one_model: bool  # every request names the same
     before: Totals
+    budget: Budget | None = None
 
 
 class Delivered(NamedTuple):
@@ -74,9 +76,15 @@ async def deliver(
         spent=how.spent,
         price=job.config.price,
     )
-    answered = journal.count(Held.OK)
     sender = Sender(
-        job.config, endpoint, desk, talk, how, one_model=job.one_model, answered=answered
+        job.config,
+        endpoint,
+        desk,
+        talk,
+        how,
+        one_model=job.one_model,
+        answered=journal.count(Held.OK),
+        budget=job.budget,
     )
     meter = Meter(sender, desk.tally, job.before)
     with ThreadPoolExecutor(1, "batchrun-sync") as syncer:

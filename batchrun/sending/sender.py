@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 from batchrun.config import RunConfig
 from batchrun.console import Progress
 from batchrun.errors import BatchrunError, Interrupted
-from batchrun.limits import Limits, LimitSettings
+from batchrun.limits import Budget, Limits, LimitSettings
 from batchrun.sending.feed import Feed
 from batchrun.sending.patience import Persistence
 from batchrun.sending.pool import Desk, Pool
@@ -93,6 +93,7 @@ class Sender:
         *,
         one_model: bool,
         answered: int = 0,
+        budget: Budget | None = None,
     ) -> None:
         settings = LimitSettings(
             concurrency=config.concurrency and min(config.concurrency, endpoint.room),
@@ -102,7 +103,7 @@ class Sender:
             max_wait_s=config.max_wait_s,
             max_outage_s=config.max_outage_s,
         )
-        self.limits = Limits(settings, host=endpoint.host, on_change=talk.detail)
+        self.limits = Limits(settings, host=endpoint.host, budget=budget, on_change=talk.detail)
         self.feed = Feed()
         self.pool = Pool(
             feed=self.feed,
