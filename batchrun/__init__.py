@@ -7,6 +7,7 @@
     async with batchrun.complete(prompts, mock=True) as results:   # no file, no journal
         async for result in results:
             print(result.response)
+    table = batchrun.read("prompts.mock.parquet")                  # or summary.table()
 
 ``__all__`` is the promise. Nothing heavy is imported before it is used: the command line imports
 this module first.
@@ -18,7 +19,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchrun.api import complete, make_config, submit
+    from batchrun.api import complete, make_config, read, submit
     from batchrun.config import VERSION as __version__
     from batchrun.config import Allowance, RunConfig
     from batchrun.errors import (
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "complete",
     "make_config",
+    "read",
     "run",
     "submit",
 ]
@@ -61,6 +63,7 @@ __all__ = [
 _HOMES = {
     "complete": "api",
     "make_config": "api",
+    "read": "api",
     "submit": "api",
     "run": "runs",
     "RunConfig": "config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -32,13 +32,14 @@ from batchrun.money import Price
 from batchrun.providers import resolve
 from batchrun.secret import Secret
 from batchrun.summary import RunSummary
-from batchrun.types import Result
+from batchrun.types import ArrowStream, Result
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+
 T = TypeVar("T")
-Rows: TypeAlias = "list[Mapping[str, object]] | pa.Table"
+Rows: TypeAlias = "Sequence[Mapping[str, object]] | ArrowStream"
 
 
 class Where(TypedDict, total=False):
@@ -92,6 +93,8 @@ class Options(Where, total=False):
     max_cost: float | None
     token_budget: int | None
     limit: int | None
+    sample: int | None
+    seed: int
     retry_failed: bool
     overwrite: bool
     allow_failures: Allowance
@@ -112,7 +115,8 @@ def submit(
 ) -> RunSummary:
     """Do what ``batchrun submit`` does and return its summary; also under a running loop.
 
-    ``input`` is a path, a list of dicts or an Arrow table; the last two need ``output``.
+    ``input`` is a path, a list of dicts, or any table that speaks Arrow (``__arrow_c_stream__``: of
+    pyarrow, pandas, Polars, DuckDB); all but a path need ``output``.
     ``options`` are the fields of RunConfig (``model=``, ``mock=True``, ``concurrency=`` …) and
     ``provider=``, ``base_url=``, ``api_key_env=``, ``api_key_file=``, ``allow_http=`` as on the
     command line. A summary comes back for every end of a run that began: look at ``exit_code``.
@@ -139,6 +143,14 @@ def complete(
     early (a refused key) is raised by the iteration. ``options`` are those of ``submit``.
     """
     return runs.complete(make_config([], STDOUT, **options), requests)
+
+
+def read(output: str | os.PathLike[str], columns: Sequence[str] | None = None) -> pa.Table:
+    """What a finished run wrote, as one Arrow table: its input's columns and the answers'.
+
+    UsageError for a file that batchrun did not write.
+    """
+    return runs.read(os.fspath(output), columns)
 
 
 def make_config(

@@ -142,6 +142,8 @@ class RunConfig:
     max_cost: float | None = None  # US dollars, for this output over all runs
     token_budget: int | None = None  # the same in tokens
     limit: int | None = None
+    sample: int | None = None  # so many rows at random
+    seed: int = 0  # of that choice
     retry_failed: bool = False
     overwrite: bool = False
     allow_failures: Allowance = Allowance()
@@ -165,6 +167,9 @@ class RunConfig:
         _positive("--max-wait", self.max_wait_s)
         _positive("--max-outage", self.max_outage_s)
         _positive("--limit", self.limit)
+        _positive("--sample", self.sample)
+        if self.sample is not None and self.limit is not None:
+            raise UsageError("--sample and --limit both say which rows; choose one")
         _positive("--deadline", self.deadline_s)
         _positive("--max-cost", self.max_cost)
         _positive("--token-budget", self.token_budget)
@@ -223,9 +228,14 @@ class RunConfig:
         }
 
     def publishing_settings(self) -> dict[str, JSONValue]:
-        price: dict[str, JSONValue] = {"price": self.price.told()} if self.price else {}
+        more: dict[str, JSONValue] = {}
+        if self.price is not None:
+            more["price"] = self.price.told()
+        if self.sample is not None:
+            more |= {"sample": self.sample, "seed": self.seed}
         return {
-            **price,
+            # Outputs of earlier versions know nothing of these.
+            **more,
             "carry": None if self.carry is None else list(self.carry),
             "response_body": self.response_body,
             "format": self.output_format,

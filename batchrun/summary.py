@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 from msgspec import Struct, field
 
 from batchrun.errors import State
 from batchrun.types import Bound, UnusedCounts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class RowCounts(Struct):
@@ -90,3 +96,9 @@ class RunSummary(Struct, kw_only=True):
     notes: list[str] = []
     next_steps: list[str] = []
     prompt_column: str | None = None  # under the name it has in the output
+
+    def table(self) -> pa.Table:
+        """The output as one Arrow table; UsageError where nothing was published."""
+        # Not imported above: a summary stands alone, and is printed without pyarrow.
+        table: pa.Table = importlib.import_module("batchrun").read(self.output or "")
+        return table

@@ -8,7 +8,7 @@ dataclass); those of the hot path hold no reference cycles, so the collector nee
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -47,6 +47,12 @@ Failure = Literal[
     "bad_encoding",  # a body whose content-encoding does not decode
     "not_utf8",  # a body that is no text as JSON has it
 ]
+
+
+class ArrowStream(Protocol):
+    """Any table that speaks Arrow: of pyarrow, pandas, Polars, DuckDB."""
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object: ...
 
 
 class Usage(Struct, frozen=True, gc=False):

@@ -99,6 +99,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.lines)
 
+    def take(self, places: Sequence[int]) -> Batch:
+        """Only the rows at these places, in this order."""
+        carried = self.carried
+        return Batch(
+            [self.lines[at] for at in places],
+            lambda: [self.rows[at] for at in places],
+            None if carried is None else carried.take(pa.array(places, pa.int64())),
+        )
+
 
 def with_folders(file: InputFile, rows: Rows) -> Rows:
     """The rows, fresh from reading, with the columns of the file's folders that they lack."""

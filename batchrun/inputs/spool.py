@@ -17,21 +17,24 @@ from batchrun.errors import LocalIOError, UsageError
 from batchrun.files import writing
 from batchrun.inputs.rows import READ_BYTES
 from batchrun.journal import StateDir
+from batchrun.types import ArrowStream
 
-RowsOrTable: TypeAlias = Iterable[Mapping[str, object]] | pa.Table
+RowsOrTable: TypeAlias = Iterable[Mapping[str, object]] | ArrowStream
 
 
 def spool(source: BinaryIO | RowsOrTable, state: StateDir) -> Path:
-    """Keep an input that cannot be read twice: a stream, dicts, or an Arrow table.
+    """Keep an input that cannot be read twice: a stream, dicts, or an Arrow table or stream.
 
     The file appears whole, where ``StateDir.spool`` finds it.
     """
-    if isinstance(source, pa.Table):
-        path = _kept(state.table_spool, partial(pq.write_table, source))
+    if hasattr(source, "__arrow_c_stream__"):
+        path = _kept(state.table_spool, partial(_write_table, cast("ArrowStream", source)))
     elif hasattr(source, "read"):
         path = _kept(state.rows_spool, partial(_copy, cast("BinaryIO", source)))
     else:
-        path = _kept(state.rows_spool, partial(_write_rows, source))
+        path = _kept(
+            state.rows_spool, partial(_write_rows, cast("Iterable[Mapping[str, object]]", source))
+        )
     state.forget_spools(but=path)
     return path
 
@@ -51,6 +54,35 @@ def _kept(path: Path, write: Callable[[BinaryIO], object]) -> Path:
 def _copy(source: BinaryIO, target: BinaryIO) -> None:
     while piece := source.read(READ_BYTES):
         target.write(piece)
+
+
+def _write_table(source: ArrowStream, target: BinaryIO) -> None:
+    """Batch by batch; types that Parquet has not become those nearest to them."""
+    try:
+        reader = pa.RecordBatchReader.from_stream(source)
+        schema = pa.schema(
+            [field.with_type(_stored(field.type)) for field in reader.schema],
+            metadata=reader.schema.metadata,
+        )
+        with pq.ParquetWriter(target, schema) as writer:
+            for batch in reader:
+                writer.write_batch(batch if batch.schema == schema else batch.cast(schema))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as exc:
+        raise UsageError(f"the table cannot be kept as Parquet: {exc}") from exc
+
+
+def _stored(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_stored(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_stored(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_stored(kind.value_type)))
+    return kind
 
 
 def _write_rows(rows: Iterable[Mapping[str, object]], target: BinaryIO) -> None:

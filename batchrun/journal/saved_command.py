@@ -41,6 +41,8 @@ class Saved(Struct, frozen=True, kw_only=True):
     schema: dict[str, Any] | None = None
     mock: bool = False
     limit: int | None = None
+    sample: int | None = None
+    seed: int = 0
     carry: list[str] | None = None
     response_body: bool = True
     price: Price | None = None
@@ -69,6 +71,8 @@ def save_config(state: StateDir, config: RunConfig, model: str | None, hosts: li
         schema=None if config.schema is None else dict(config.schema),
         mock=config.mock,
         limit=config.limit,
+        sample=config.sample,
+        seed=config.seed,
         carry=None if config.carry is None else list(config.carry),
         response_body=config.response_body,
         price=config.price,
@@ -114,6 +118,8 @@ def restored(saved: Saved) -> RunConfig:
         schema=saved.schema,
         mock=saved.mock,
         limit=saved.limit,
+        sample=saved.sample,
+        seed=saved.seed,
         carry=None if saved.carry is None else tuple(saved.carry),
         response_body=saved.response_body,
         price=saved.price,

@@ -2,7 +2,8 @@
 
 from batchrun.outputs.aside import ASIDE_SCHEMA, Mark, aside_slice, read_marks, read_wanted
 from batchrun.outputs.columns import NAMES
-from batchrun.outputs.footer import Aside, Footer, Schema
+from batchrun.outputs.footer import Aside, Footer, Schema, Table
+from batchrun.outputs.parquet import table_of
 from batchrun.outputs.parsed import names, parsed_columns, schema_of
 from batchrun.outputs.publish import publish
 from batchrun.outputs.read_back import (
@@ -28,6 +29,7 @@ __all__ = [
     "OutputTally",
     "Schema",
     "Slice",
+    "Table",
     "Target",
     "TokenSums",
     "aside_slice",
@@ -46,5 +48,6 @@ __all__ = [
     "remove_partial",
     "schema_of",
     "slices_of",
+    "table_of",
     "untyped_slices",
 ]

@@ -12,7 +12,9 @@ from batchrun.files import from_json, to_json
 from batchrun.summary import ErrorCount, RowCounts, TokenCounts
 
 FOOTER_KEY = b"batchrun"
-Schema: TypeAlias = pa.Schema  # for those who pass one on without a need for pyarrow
+# For those who pass one on without a need for pyarrow.
+Schema: TypeAlias = pa.Schema
+Table: TypeAlias = pa.Table
 
 
 class Aside(Struct, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, BinaryIO, Final, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,3 +169,11 @@ def back_values(column: pa.Array) -> list[Any]:
         # A cast would load another library, in the middle of a run.
         column = (column if column.type == INSTANT else column.cast(INSTANT)).view(pa.int64())
     return cast("list[Any]", column.to_pylist())
+
+
+def table_of(source: Path | BinaryIO, columns: Sequence[str] | None = None) -> pa.Table:
+    """A published file as one Arrow table, all of it or some of its columns."""
+    if not isinstance(source, Path):
+        return pq.ParquetFile(source).read(columns)
+    with parquet_file(source) as file:
+        return file.read(columns)

@@ -1,7 +1,7 @@
 """Where the packages meet: whole runs, and the looks at them."""
 
 from batchrun.runs.asking import models
-from batchrun.runs.collect import collect
+from batchrun.runs.collect import collect, read
 from batchrun.runs.complete import complete
 from batchrun.runs.status import status
 from batchrun.runs.submit import run
@@ -12,6 +12,7 @@ __all__ = [
     "complete",
     "look",
     "models",
+    "read",
     "run",
     "status",
     "validate",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +18,7 @@ from batchrun.errors import UsageError
 from batchrun.inputs import Batch
 from batchrun.journal import Journal, Saved, StateDir, holder, read_saved, restored
 from batchrun.money import Price
-from batchrun.outputs import Footer, OutputTally, Schema, Slice, Target
+from batchrun.outputs import Footer, OutputTally, Schema, Slice, Table, Target
 from batchrun.runs import passes
 from batchrun.runs.asking import answer_schema, prompt_settings
 from batchrun.runs.facts import now_utc
@@ -120,6 +121,23 @@ def _converted(output: str, target: str) -> CollectFacts:
         errors=tuple(tally.errors),
         tokens=tally.tokens,
     )
+
+
+def read(output: str, columns: Sequence[str] | None = None) -> Table:
+    """The published output as one Arrow table; UsageError for what is none of batchrun's."""
+    path = Path(output)
+    footer = footer_of(output)
+    if footer is None:
+        raise UsageError(f"{output}: no output of batchrun there")
+    if path.suffix == ".parquet":
+        return outputs.table_of(path, columns)
+    schema, slices = _published_slices(path)
+    made = io.BytesIO()
+    tally = OutputTally(Price.remembered(footer.publishing))
+    more = outputs.parsed_columns(outputs.schema_of(footer))
+    outputs.publish(made, "parquet", schema, slices, footer, tally, response_body=True, more=more)
+    made.seek(0)
+    return outputs.table_of(made, columns)
 
 
 def _published_slices(output: Path) -> tuple[Schema, Iterator[Slice]]:

@@ -53,7 +53,7 @@ def every(
 ) -> Iterator[Request]:
     """The requests of the rows with one of these, in order."""
     row_number = 0
-    for source, batch in batches(plan.sources, config.limit):
+    for source, batch in batches(plan.sources, plan.chosen):
         first, row_number = row_number, row_number + len(batch)
         slots = plan.slots[first:row_number]
         for index in _places(slots, held, journal):
@@ -99,7 +99,7 @@ def slices(
 
     row_number = 0
     reading = batches(
-        plan.sources, config.limit, check_stop, columns=identifying, carried=plan.carried
+        plan.sources, plan.chosen, check_stop, columns=identifying, carried=plan.carried
     )
     for source, batch in reading:
         first, row_number = row_number, row_number + len(batch)

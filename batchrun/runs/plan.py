@@ -26,7 +26,16 @@ from batchrun.inputs import BadRow, Carried, ColumnTypes, RepeatedIds, Row, Rows
 from batchrun.journal import Held, Journal, Survey
 from batchrun.runs.asking import answer_schema
 from batchrun.runs.opening import Begun, Opened
-from batchrun.runs.sources import CheckStop, Source, batches, check_unchanged, invalid_of
+from batchrun.runs.sources import (
+    EVERY_ROW,
+    CheckStop,
+    Chosen,
+    Source,
+    batches,
+    check_unchanged,
+    choose,
+    invalid_of,
+)
 from batchrun.runs.unused import Unused
 from batchrun.sending import Delivered, RunTally
 from batchrun.summary import RowCounts
@@ -103,6 +112,7 @@ class Plan:
     notes: tuple[str, ...]  # on the table, for the start lines
     warnings: tuple[str, ...] = ()  # also for the end
     taken_back: int = 0  # answers that had been set aside
+    chosen: Chosen = EVERY_ROW
 
 
 def make_plan(
@@ -112,16 +122,17 @@ def make_plan(
 
     ``check_stop`` is called once a batch and raises to end the pass.
     """
+    chosen = choose(sources, config, check_stop)
     types, ids = ColumnTypes(config.carry, outputs.names(answer_schema(config))), RepeatedIds()
     slots, counts, models = array("I"), Counts(), set[str]()
     journal.begin_pass()
-    for source, batch in batches(sources, config.limit, check_stop, observe=types.observe):
+    for source, batch in batches(sources, chosen, check_stop, observe=types.observe):
         ids.add(batch.rows)
         slots.extend(_claim(counts, models, source, batch.rows, journal, config))
     carried = types.carried()
     check_unchanged(sources)
     said = tuple(notes(sources, carried, ids))
-    return Plan(sources, slots, counts, carried, frozenset(models), said)
+    return Plan(sources, slots, counts, carried, frozenset(models), said, chosen=chosen)
 
 
 def plan_run(begun: Begun, sources: Sequence[Source], opened: Opened) -> Plan:
@@ -146,10 +157,12 @@ def plan_run(begun: Begun, sources: Sequence[Source], opened: Opened) -> Plan:
 
 def _check_limit(config: RunConfig, book: Journal) -> None:
     held = book.answers + book.count(Held.PASSING)
-    if config.limit is not None and held > config.limit:
+    flag, rows = "--limit", config.limit
+    if config.sample is not None:
+        flag, rows = "--sample", config.sample
+    if rows is not None and held > rows:
         raise UsageError(
-            f"--limit {config.limit} would leave out answers of {config.output},"
-            f" which holds {held:,}",
+            f"{flag} {rows} would leave out answers of {config.output}, which holds {held:,}",
             next_steps=("-o trial.parquet    for a trial beside it",),
         )
 

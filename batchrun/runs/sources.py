@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple
 
 from batchrun import inputs
 from batchrun.chat import CHAT, Api, Builder, Built, Invalid, Layout, PromptSettings
@@ -31,9 +37,8 @@ def lay_out(
     for file in files:
         columns, rows = inputs.head(file)
         layout = api.detect(columns, rows, settings, config.shape, file.name)
-        sources.append(
-            Source(file, layout, api.builder(layout, settings, inputs.image_urls(file.path.parent)))
-        )
+        image_url = inputs.image_urls(Path() if file.is_spool else file.path.parent)
+        sources.append(Source(file, layout, api.builder(layout, settings, image_url)))
     return sources
 
 
@@ -48,27 +53,65 @@ def needed(source: Source) -> Collection[str] | None:
     return source.layout.columns_needed
 
 
+class Chosen(NamedTuple):
+    """Which rows of the input this run is about; neither: all."""
+
+    limit: int | None = None  # so many from the beginning
+    sample: Sequence[int] | None = None  # these, 0-based over all sources, ascending
+
+
+EVERY_ROW: Final = Chosen()
+
+
+def choose(sources: Sequence[Source], config: RunConfig, check_stop: CheckStop) -> Chosen:
+    """The first rows, or a random sample: with the same seed a larger one holds the smaller."""
+    if config.sample is None:
+        return Chosen(config.limit)
+    nothing: Collection[str] = ()
+    reading = batches(sources, EVERY_ROW, check_stop, columns=lambda _: nothing)
+    total = sum(len(batch) for _, batch in reading)
+    drawn = heapq.nsmallest(config.sample, range(total), partial(_lot, config.seed))
+    return Chosen(sample=array("Q", sorted(drawn)))
+
+
+_WORD: Final = (1 << 64) - 1
+
+
+def _lot(seed: int, row: int) -> int:
+    """A number that seems random (SplitMix64), the same on every machine for ever."""
+    mixed = (seed * 0xD1342543DE82EF95 + (row + 1) * 0x9E3779B97F4A7C15) & _WORD
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _WORD
+    return mixed ^ (mixed >> 31)
+
+
 def never_stop() -> None:
     """The check of a pass that nobody interrupts."""
 
 
 def batches(
     sources: Sequence[Source],
-    limit: int | None,
+    chosen: Chosen,
     check_stop: CheckStop = never_stop,
     *,
     columns: Callable[[Source], Collection[str] | None] = needed,
     carried: Carried | None = None,
     observe: Callable[[InputFile, Batch], None] | None = None,
 ) -> Iterator[tuple[Source, Batch]]:
-    """Every source's batches up to ``limit`` rows in all; StoppedEarly for a changed file."""
-    left = limit
+    """Every source's batches, of the chosen rows; StoppedEarly for a changed file."""
+    left, sample, first = chosen.limit, chosen.sample, 0
     for source in sources:
         for batch in _read(source, columns(source), carried):
             check_stop()
             # Whole, for publishing converts whole batches too, whatever the limit.
             if observe is not None:
                 observe(source.file, batch)
+            if sample is not None:
+                start = bisect_left(sample, first)
+                end = bisect_left(sample, first + len(batch))
+                places = [row - first for row in sample[start:end]]
+                first += len(batch)
+                batch = batch.take(places)
             if left is not None:
                 batch = _first(batch, left)
                 left -= len(batch)

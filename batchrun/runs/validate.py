@@ -14,7 +14,7 @@ from batchrun.journal import SlotTable, StateDir
 from batchrun.runs.asking import answer_schema, prompt_settings
 from batchrun.runs.facts import file_facts
 from batchrun.runs.plan import notes
-from batchrun.runs.sources import Source, batches, identified, lay_out, never_stop
+from batchrun.runs.sources import Source, batches, choose, identified, lay_out, never_stop
 from batchrun.secret import hidden_in_url
 
 SHOWN_BAD_ROWS = 1_000
@@ -36,7 +36,8 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
         repeats = bad = 0
         bad_rows: list[BadRowFacts] = []
         bodies: list[str] = []
-        for source, batch in batches(sources, config.limit, observe=types.observe):
+        chosen = choose(sources, config, never_stop)
+        for source, batch in batches(sources, chosen, observe=types.observe):
             ids.add(batch.rows)
             rows_of[source] += len(batch)
             for line, row in zip(batch.lines, batch.rows, strict=True):

@@ -138,7 +138,16 @@ def test_every_option_of_submit_is_a_field_and_has_its_own_variable() -> None:
     settled |= {"api_key_env", "api_key_file", "header", "state"}  # together, by build_config
     talk = {"quiet", "verbose", "json", "log_file"}
     fields = {option.name for option in SETTINGS} | settled | talk
-    flags_only = {"limit", "output", "overwrite", "retry_failed", "config", "param"}
+    flags_only = {
+        "limit",
+        "sample",
+        "seed",
+        "output",
+        "overwrite",
+        "retry_failed",
+        "config",
+        "param",
+    }
     for option in _submit_options():
         name = option.name or ""
         if option.expose_value:
