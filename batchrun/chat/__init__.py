@@ -15,7 +15,16 @@ from batchrun.chat.reply import (
     body_text,
     request_id,
 )
-from batchrun.chat.rows import CUSTOM_ID, Built, Identity, Invalid, Layout, PromptSettings, Unusable
+from batchrun.chat.rows import (
+    CUSTOM_ID,
+    Body,
+    Built,
+    Identity,
+    Invalid,
+    Layout,
+    PromptSettings,
+    Unusable,
+)
 from batchrun.chat.schema import (
     AnswerSchema,
     Problem,
@@ -34,6 +43,7 @@ __all__ = [
     "AnswerSchema",
     "Api",
     "Assembler",
+    "Body",
     "Builder",
     "Built",
     "Identity",

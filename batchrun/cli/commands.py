@@ -17,7 +17,7 @@ from msgspec import Struct
 from batchrun import console, secret, terminal
 from batchrun.cli.config_file import FILE_PARAMS, unknown_variables
 from batchrun.cli.endings import Bug, of_the_machine
-from batchrun.cli.options import Given, Layer, build_config, key_variables
+from batchrun.cli.options import Given, Layer, build_config, key_variables, output_of
 from batchrun.cli.streams import NoStdout, print_bytes, say
 from batchrun.cli.values import parse_headers
 from batchrun.config import STDOUT, VERSION, RunConfig, output_format
@@ -95,6 +95,26 @@ def validate(ctx: click.Context) -> int:
         return facts.exit_code
 
 
+def estimate(ctx: click.Context) -> int:
+    with _given(ctx) as given:
+        config = replace(build_config(given, sends=False), sample=None, **output_of(given))
+        with interrupts_held():
+            from batchrun.runs import estimate, run
+
+        facts = estimate(config)
+        if (wanted := given.values.get("sample")) and facts.to_send and not facts.answered_before:
+            measuring = replace(_settled(given), sample=wanted)
+            with _talk(given) as talk:
+                summary = asyncio.run(run(measuring, talk, handle_signals=True))
+                talk.end()
+            if not summary.published:
+                say(console.final_block(summary, config, console.FinalFacts()))
+                return summary.exit_code
+            facts = estimate(config)
+        _tell(facts, console.estimate_block(facts, config), given)
+        return facts.exit_code
+
+
 def status(ctx: click.Context) -> int:
     with _given(ctx) as given:
         with interrupts_held():
@@ -162,6 +182,7 @@ def mock_server(ctx: click.Context) -> int:
 COMMANDS: Mapping[str, Callable[[click.Context], int]] = {
     "submit": submit,
     "validate": validate,
+    "estimate": estimate,
     "status": status,
     "collect": collect,
     "models": models,

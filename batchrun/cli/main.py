@@ -94,6 +94,16 @@ def validate(ctx: click.Context, /, **_: object) -> int:
     return _perform(ctx)
 
 
+@cli.command(
+    epilog=_EPILOG,
+    params=[INPUTS, *OUTPUT, *REQUEST, *ENDPOINT, MOCK, *DELIVERY, *ROWS, STATE, JSON, CONFIG],
+)
+@click.pass_context
+def estimate(ctx: click.Context, /, **_: object) -> int:
+    """Say what submit would still cost; with --sample N send N rows first, to measure."""
+    return _perform(ctx)
+
+
 _RUN_OF = click.Argument(["output"])
 
 

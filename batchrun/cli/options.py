@@ -93,6 +93,17 @@ def build_config(given: Given, *, sends: bool = True) -> RunConfig:
     return RunConfig(**{**_one_by_one(given), **settled})
 
 
+def output_of(given: Given) -> dict[str, Any]:
+    """The output of a command that writes none; stdout where no name follows from the input."""
+    try:
+        output = _settled_output(given)
+    except UsageError:
+        if given.text("output") is not None:
+            raise
+        output = STDOUT
+    return {"output": output, "output_format": output_format(output)}
+
+
 def _one_by_one(given: Given) -> dict[str, Any]:
     """The fields that one option each sets, whatever the others are."""
     return {

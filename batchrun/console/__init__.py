@@ -1,9 +1,12 @@
 """Facts become text. Decides nothing."""
 
 from batchrun.console.after import final_block, final_lines, next_steps
+from batchrun.console.beforehand import estimate_block
 from batchrun.console.facts import (
     BadRowFacts,
+    Between,
     CollectFacts,
+    EstimateFacts,
     FileFacts,
     FinalFacts,
     StartFacts,
@@ -19,7 +22,9 @@ from batchrun.console.start import start_block, start_lines
 
 __all__ = [
     "BadRowFacts",
+    "Between",
     "CollectFacts",
+    "EstimateFacts",
     "FileFacts",
     "FinalFacts",
     "Progress",
@@ -30,6 +35,7 @@ __all__ = [
     "collect_block",
     "error_summary",
     "error_text",
+    "estimate_block",
     "final_block",
     "final_lines",
     "models_json",

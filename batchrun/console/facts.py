@@ -82,6 +82,38 @@ class ValidateFacts(Struct, frozen=True, kw_only=True):
         return errors.EXIT_ROWS_FAILED if self.bad else errors.EXIT_OK
 
 
+class Between(Struct, frozen=True):
+    """A sum that is not known yet; ``high`` None: nothing bounds it."""
+
+    about: float
+    low: float
+    high: float | None
+
+    def at_most(self, bound: float) -> Between:
+        high = bound if self.high is None else min(self.high, bound)
+        return Between(min(self.about, bound), min(self.low, bound), high)
+
+
+class EstimateFacts(Struct, frozen=True, kw_only=True):
+    """What ``estimate`` found. Tokens and dollars are of the rows still to send."""
+
+    rows: int
+    to_send: int
+    bad: int = 0
+    answered_before: int = 0
+    failed_before: int = 0
+    measured: int = 0  # answers held that tell their tokens
+    prompt_tokens: Between
+    completion_tokens: Between
+    cost_usd: Between | None = None  # None: no price is known
+    price: list[float] | None = None
+    seconds: float | None = None  # None: nothing is known of the pace
+
+    @property
+    def exit_code(self) -> int:
+        return errors.EXIT_OK
+
+
 RunState = Literal["running", "stopped", "finished"]
 
 

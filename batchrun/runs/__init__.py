@@ -3,6 +3,7 @@
 from batchrun.runs.asking import models
 from batchrun.runs.collect import collect, read
 from batchrun.runs.complete import complete
+from batchrun.runs.estimate import estimate
 from batchrun.runs.status import status
 from batchrun.runs.submit import run
 from batchrun.runs.validate import look, validate
@@ -10,6 +11,7 @@ from batchrun.runs.validate import look, validate
 __all__ = [
     "collect",
     "complete",
+    "estimate",
     "look",
     "models",
     "read",
