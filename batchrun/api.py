@@ -96,6 +96,7 @@ class Options(Where, total=False):
     sample: int | None
     seed: int
     retry_failed: bool
+    reuse: tuple[str, ...]
     overwrite: bool
     allow_failures: Allowance
     if_locked: IfLocked

@@ -145,6 +145,7 @@ class RunConfig:
     sample: int | None = None  # so many rows at random
     seed: int = 0  # of that choice
     retry_failed: bool = False
+    reuse: tuple[str, ...] = ()  # other outputs, whose answers count as held
     overwrite: bool = False
     allow_failures: Allowance = Allowance()
     if_locked: IfLocked = "fail"

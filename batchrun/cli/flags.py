@@ -327,6 +327,13 @@ ROWS = (
         help="US dollars per million tokens: what the answers cost.",
     ),
     _sent("--limit", "-n", typed_only=True, type=int, shows="all", help="Only the first N rows."),
+    _sent(
+        "--reuse",
+        typed_only=True,
+        multiple=True,
+        metavar="FILE|GLOB",
+        help="Other outputs, whose answers to equal requests count as held.",
+    ),
     _sent("--sample", typed_only=True, type=int, metavar="N", help="Only N rows, at random."),
     _sent(
         "--seed", typed_only=True, type=int, help="Chooses which; a larger sample holds a smaller."

@@ -26,6 +26,7 @@ from batchrun.inputs import BadRow, Carried, ColumnTypes, RepeatedIds, Row, Rows
 from batchrun.journal import Held, Journal, Survey
 from batchrun.runs.asking import answer_schema
 from batchrun.runs.opening import Begun, Opened
+from batchrun.runs.reuse import reuse
 from batchrun.runs.sources import (
     EVERY_ROW,
     CheckStop,
@@ -142,17 +143,22 @@ def plan_run(begun: Begun, sources: Sequence[Source], opened: Opened) -> Plan:
     """
     config, book, check_stop = begun.config, opened.book, begun.stop.check
     plan = make_plan(sources, config, book, check_stop)
-    taken_back = 0
+    taken_back = reused = 0
     if plan.counts.to_send:
         unused = Unused.of(config, begun.state, synthetic=config.mock)
         taken_back = unused.take_back(book, check_stop)
+        reused = reuse(config, book, check_stop)
     book.forget_passes()
     given_up = 0 if config.retry_failed else _give_up_doubtful(plan, book, config)
-    if taken_back or given_up:
+    if taken_back or reused or given_up:
         _count_held(plan, book, config)
     _check_limit(config, book)
     _check_model(plan.models)
-    return replace(plan, taken_back=taken_back, warnings=tuple(_warnings(begun, opened, plan)))
+    said = plan.notes
+    if reused:
+        said += (f"{count(reused, 'answer')} {verb(reused, 'are')} reused from other outputs",)
+    warnings = tuple(_warnings(begun, opened, plan))
+    return replace(plan, taken_back=taken_back, notes=said, warnings=warnings)
 
 
 def _check_limit(config: RunConfig, book: Journal) -> None:

@@ -137,9 +137,7 @@ class Unused:
         for file in self._files:
             for outcomes in outputs.read_wanted(file.path, is_wanted):
                 check_stop()
-                # A run that was stopped may have taken some of them already.
-                held = _held_marks(book, {outcome.hash for outcome in outcomes})
-                taken += _give(book, [each for each in outcomes if _mark_of(each) not in held])
+                taken += give(book, outcomes)
         if taken:
             book.sync()
         return taken
@@ -224,11 +222,18 @@ class Unused:
         return File(target, footer, footer.aside.output == self._output.name)
 
 
-def _give(book: Journal, outcomes: Sequence[Outcome]) -> int:
-    """Settle rows with these: each answer goes to one row, and only an OK one to a rejected row."""
+def give(book: Journal, outcomes: Sequence[Outcome]) -> int:
+    """Settle rows with these; how many: each answer goes to one row, over all runs.
+
+    Only an OK one goes to a rejected row.
+    """
     taken = 0
+    # A run that was stopped may have taken some of them already.
+    held = _held_marks(book, {outcome.hash for outcome in outcomes})
     places: dict[tuple[bytes, bool], Iterator[int]] = {}
     for outcome in outcomes:
+        if _mark_of(outcome) in held:
+            continue
         is_ok = outcome.kind == "ok"
         key = outcome.hash, is_ok
         if key not in places:

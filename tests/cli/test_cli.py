@@ -140,6 +140,7 @@ def test_every_option_of_submit_is_a_field_and_has_its_own_variable() -> None:
     fields = {option.name for option in SETTINGS} | settled | talk
     flags_only = {
         "limit",
+        "reuse",
         "sample",
         "seed",
         "output",
