@@ -95,6 +95,7 @@ class Options(Where, total=False):
     limit: int | None
     sample: int | None
     seed: int
+    samples: int
     retry_failed: bool
     reuse: tuple[str, ...]
     overwrite: bool

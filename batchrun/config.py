@@ -144,6 +144,7 @@ class RunConfig:
     limit: int | None = None
     sample: int | None = None  # so many rows at random
     seed: int = 0  # of that choice
+    samples: int = 1  # each row is asked so many times
     retry_failed: bool = False
     reuse: tuple[str, ...] = ()  # other outputs, whose answers count as held
     overwrite: bool = False
@@ -169,6 +170,7 @@ class RunConfig:
         _positive("--max-outage", self.max_outage_s)
         _positive("--limit", self.limit)
         _positive("--sample", self.sample)
+        _positive("--samples", self.samples)
         if self.sample is not None and self.limit is not None:
             raise UsageError("--sample and --limit both say which rows; choose one")
         _positive("--deadline", self.deadline_s)
@@ -234,6 +236,8 @@ class RunConfig:
             more["price"] = self.price.told()
         if self.sample is not None:
             more |= {"sample": self.sample, "seed": self.seed}
+        if self.samples != 1:
+            more["samples"] = self.samples
         return {
             # Outputs of earlier versions know nothing of these.
             **more,

@@ -334,6 +334,12 @@ ROWS = (
         metavar="FILE|GLOB",
         help="Other outputs, whose answers to equal requests count as held.",
     ),
+    _sent(
+        "--samples",
+        type=int,
+        metavar="K",
+        help="Ask each row K times; the column sample tells the answers apart.",
+    ),
     _sent("--sample", typed_only=True, type=int, metavar="N", help="Only N rows, at random."),
     _sent(
         "--seed", typed_only=True, type=int, help="Chooses which; a larger sample holds a smaller."

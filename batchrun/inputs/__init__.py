@@ -6,11 +6,22 @@ from batchrun.inputs.files import content_digest, resolve, unchanged
 from batchrun.inputs.formats import head, read
 from batchrun.inputs.images import image_urls
 from batchrun.inputs.repeated_ids import RepeatedIds
-from batchrun.inputs.rows import BATCH_ROWS, BadRow, Batch, InputFile, Resolved, Row, Rows
+from batchrun.inputs.rows import (
+    BATCH_ROWS,
+    SAMPLE,
+    BadRow,
+    Batch,
+    InputFile,
+    Resolved,
+    Row,
+    Rows,
+    with_sample,
+)
 from batchrun.inputs.spool import RowsOrTable, spool
 
 __all__ = [
     "BATCH_ROWS",
+    "SAMPLE",
     "BadRow",
     "Batch",
     "Carried",
@@ -28,4 +39,5 @@ __all__ = [
     "resolve",
     "spool",
     "unchanged",
+    "with_sample",
 ]

@@ -15,6 +15,7 @@ BATCH_ROWS: Final = 1024
 BATCH_BYTES: Final = 4 << 20
 LINE_LIMIT_BYTES: Final = 64 << 20
 READ_BYTES: Final = 1 << 20
+SAMPLE: Final = "sample"  # the column that tells repetitions of a row apart
 
 
 class BadRow(Struct, frozen=True, gc=False):
@@ -68,6 +69,11 @@ class Head(NamedTuple):
     rows: list[Row]
 
 
+def with_sample(schema: pa.Schema) -> pa.Schema:
+    """What repeated rows carry."""
+    return schema.append(pa.field(SAMPLE, pa.int32()))
+
+
 class Batch:
     """At most 1,024 rows, in order.
 
@@ -98,6 +104,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.lines)
+
+    def repeated(self, times: int) -> Batch:
+        """Each row so many times, one after another, carrying which it is: ``SAMPLE``, from 0."""
+        places = [at for at in range(len(self)) for _ in range(times)]
+        each = self.take(places)
+        if each.carried is not None:
+            numbers = pa.array(list(range(times)) * len(self), pa.int32())
+            arrays = [*each.carried.columns, numbers]
+            schema = with_sample(each.carried.schema)
+            each.carried = pa.RecordBatch.from_arrays(arrays, schema=schema)
+        return each
 
     def take(self, places: Sequence[int]) -> Batch:
         """Only the rows at these places, in this order."""

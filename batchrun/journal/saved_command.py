@@ -43,6 +43,7 @@ class Saved(Struct, frozen=True, kw_only=True):
     limit: int | None = None
     sample: int | None = None
     seed: int = 0
+    samples: int = 1
     carry: list[str] | None = None
     response_body: bool = True
     price: Price | None = None
@@ -73,6 +74,7 @@ def save_config(state: StateDir, config: RunConfig, model: str | None, hosts: li
         limit=config.limit,
         sample=config.sample,
         seed=config.seed,
+        samples=config.samples,
         carry=None if config.carry is None else list(config.carry),
         response_body=config.response_body,
         price=config.price,
@@ -120,6 +122,7 @@ def restored(saved: Saved) -> RunConfig:
         limit=saved.limit,
         sample=saved.sample,
         seed=saved.seed,
+        samples=saved.samples,
         carry=None if saved.carry is None else tuple(saved.carry),
         response_body=saved.response_body,
         price=saved.price,

@@ -72,7 +72,7 @@ def _collected(
     outputs.publish(
         place,
         _format_of(target),
-        planned.carried.schema,
+        passes.schema_of(planned),
         passes.slices(planned, book, config, never_stop),
         footer,
         tally,

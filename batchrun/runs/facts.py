@@ -42,7 +42,7 @@ def start_facts(begun: Begun, found: Found, opened: Opened, plan: Plan) -> Start
         answered_before=counts.held_ok,
         failed_before=counts.held_failed,
         invalid=counts.invalid,
-        repeats=counts.repeats,
+        repeats=counts.repeats if config.samples == 1 else 0,
         continues_since_ms=(
             opened.book.header.created_at_ms if opened.continues and held else None
         ),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from batchrun import chat
+from batchrun import chat, inputs
 from batchrun.chat import Invalid
 from batchrun.config import RunConfig
 from batchrun.inputs import BadRow, Batch, Row, Rows
 from batchrun.journal import Held, Journal
-from batchrun.outputs import InvalidRow, Slice
+from batchrun.outputs import InvalidRow, Schema, Slice
 from batchrun.runs.plan import BATCH_ROWS, INVALID, Plan
 from batchrun.runs.sources import (
     CheckStop,
@@ -106,7 +106,7 @@ def slices(
         if row_number > len(plan.slots):
             raise changed(source.file)
         slots = plan.slots[first:row_number]
-        custom_ids = _custom_ids(batch.rows, first + 1)
+        custom_ids = _custom_ids(batch.rows, first, plan.chosen.samples)
         outcomes = _outcomes(source, batch, slots, journal)
         yield Slice(batch.carried, custom_ids, Places(source.file.name, batch.lines), outcomes)
     check_unchanged(plan.sources)
@@ -131,9 +131,15 @@ def _invalid(source: Source, row: Row | BadRow) -> InvalidRow:
     return InvalidRow(built.code, built.reason)
 
 
-def _custom_ids(rows: Rows, first: int) -> list[str]:
-    """A row's own id, or else its number."""
-    custom_ids = list(map(str, range(first, first + len(rows))))
+def schema_of(plan: Plan) -> Schema:
+    """What the rows of ``slices`` carry."""
+    carried = plan.carried.schema
+    return carried if plan.chosen.samples == 1 else inputs.with_sample(carried)
+
+
+def _custom_ids(rows: Rows, first: int, samples: int) -> list[str]:
+    """A row's own id, or else its number, from 1; ``first`` and ``rows`` count repetitions."""
+    custom_ids = [str(at // samples + 1) for at in range(first, first + len(rows))]
     for at, row in enumerate(rows):
         if type(row) is dict and chat.CUSTOM_ID in row:
             custom_ids[at] = chat.custom_id(row) or custom_ids[at]

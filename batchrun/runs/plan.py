@@ -22,7 +22,7 @@ from batchrun import chat, outputs
 from batchrun.chat import Identity, Layout
 from batchrun.config import RunConfig, default_output
 from batchrun.errors import UsageError
-from batchrun.inputs import BadRow, Carried, ColumnTypes, RepeatedIds, Row, Rows
+from batchrun.inputs import SAMPLE, BadRow, Carried, ColumnTypes, RepeatedIds, Row, Rows
 from batchrun.journal import Held, Journal, Survey
 from batchrun.runs.asking import answer_schema
 from batchrun.runs.opening import Begun, Opened
@@ -124,16 +124,22 @@ def make_plan(
     ``check_stop`` is called once a batch and raises to end the pass.
     """
     chosen = choose(sources, config, check_stop)
-    types, ids = ColumnTypes(config.carry, outputs.names(answer_schema(config))), RepeatedIds()
+    types, ids = ColumnTypes(config.carry, taken_names(config)), RepeatedIds()
     slots, counts, models = array("I"), Counts(), set[str]()
     journal.begin_pass()
     for source, batch in batches(sources, chosen, check_stop, observe=types.observe):
-        ids.add(batch.rows)
+        ids.add(batch.rows[:: chosen.samples])
         slots.extend(_claim(counts, models, source, batch.rows, journal, config))
     carried = types.carried()
     check_unchanged(sources)
     said = tuple(notes(sources, carried, ids))
     return Plan(sources, slots, counts, carried, frozenset(models), said, chosen=chosen)
+
+
+def taken_names(config: RunConfig) -> tuple[str, ...]:
+    """Columns of the output that are not the input's."""
+    taken = outputs.names(answer_schema(config))
+    return taken if config.samples == 1 else (*taken, SAMPLE)
 
 
 def plan_run(begun: Begun, sources: Sequence[Source], opened: Opened) -> Plan:
@@ -166,7 +172,7 @@ def _check_limit(config: RunConfig, book: Journal) -> None:
     flag, rows = "--limit", config.limit
     if config.sample is not None:
         flag, rows = "--sample", config.sample
-    if rows is not None and held > rows:
+    if rows is not None and held > rows * config.samples:
         raise UsageError(
             f"{flag} {rows} would leave out answers of {config.output}, which holds {held:,}",
             next_steps=("-o trial.parquet    for a trial beside it",),

@@ -63,7 +63,7 @@ def publish(begun: Begun, found: Found, opened: Opened, plan: Plan) -> Footer:
     return outputs.publish(
         found.old.target or process.stdout(),
         config.output_format,
-        plan.carried.schema,
+        passes.schema_of(plan),
         passes.slices(plan, book, config, begun.stop.check),
         footer,
         OutputTally(config.price),

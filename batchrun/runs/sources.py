@@ -58,6 +58,7 @@ class Chosen(NamedTuple):
 
     limit: int | None = None  # so many from the beginning
     sample: Sequence[int] | None = None  # these, 0-based over all sources, ascending
+    samples: int = 1  # each of them so many times, one after another
 
 
 EVERY_ROW: Final = Chosen()
@@ -66,12 +67,12 @@ EVERY_ROW: Final = Chosen()
 def choose(sources: Sequence[Source], config: RunConfig, check_stop: CheckStop) -> Chosen:
     """The first rows, or a random sample: with the same seed a larger one holds the smaller."""
     if config.sample is None:
-        return Chosen(config.limit)
+        return Chosen(config.limit, samples=config.samples)
     nothing: Collection[str] = ()
     reading = batches(sources, EVERY_ROW, check_stop, columns=lambda _: nothing)
     total = sum(len(batch) for _, batch in reading)
     drawn = heapq.nsmallest(config.sample, range(total), partial(_lot, config.seed))
-    return Chosen(sample=array("Q", sorted(drawn)))
+    return Chosen(sample=array("Q", sorted(drawn)), samples=config.samples)
 
 
 _WORD: Final = (1 << 64) - 1
@@ -116,7 +117,7 @@ def batches(
                 batch = _first(batch, left)
                 left -= len(batch)
             if len(batch):
-                yield source, batch
+                yield source, batch if chosen.samples == 1 else batch.repeated(chosen.samples)
             if left == 0:
                 return
 

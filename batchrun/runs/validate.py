@@ -6,14 +6,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from batchrun import chat, inputs, outputs, process
+from batchrun import chat, inputs, process
 from batchrun.chat import Invalid
 from batchrun.config import STDIN, RunConfig
 from batchrun.console import BadRowFacts, ValidateFacts
 from batchrun.journal import SlotTable, StateDir
-from batchrun.runs.asking import answer_schema, prompt_settings
+from batchrun.runs.asking import prompt_settings
 from batchrun.runs.facts import file_facts
-from batchrun.runs.plan import notes
+from batchrun.runs.plan import notes, taken_names
 from batchrun.runs.sources import Source, batches, choose, identified, lay_out, never_stop
 from batchrun.secret import hidden_in_url
 
@@ -29,7 +29,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
         files, skipped = inputs.resolve(config.inputs, config.input_format, spool=spool)
         settings = prompt_settings(config)
         sources = lay_out(files, settings, config)
-        taken = outputs.names(answer_schema(config))
+        taken = taken_names(config)
         types, ids = inputs.ColumnTypes(config.carry, taken), inputs.RepeatedIds()
         table = SlotTable()
         rows_of = Counter[Source]()
@@ -38,7 +38,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
         bodies: list[str] = []
         chosen = choose(sources, config, never_stop)
         for source, batch in batches(sources, chosen, observe=types.observe):
-            ids.add(batch.rows)
+            ids.add(batch.rows[:: chosen.samples])
             rows_of[source] += len(batch)
             for line, row in zip(batch.lines, batch.rows, strict=True):
                 built = identified(source.builder, row)
