@@ -54,7 +54,7 @@ INPUT_SUFFIXES: Final[Mapping[str, InputFormat]] = {
 
 
 COMPRESSED_SUFFIXES: Final[Mapping[str, Compression]] = {".gz": "gz", ".zst": "zst"}
-OutputFormat = Literal["parquet", "jsonl"]
+OutputFormat = Literal["parquet", "jsonl", "csv"]  # the last one only to collect
 IfLocked = Literal["fail", "wait", "skip"]
 VERSION = "0.1.0"
 STDIN = "-"
@@ -271,6 +271,14 @@ def output_format(output: str) -> OutputFormat:
         return "jsonl"
     if output.endswith(".parquet"):
         return "parquet"
+    if output.endswith(".csv"):
+        raise UsageError(
+            f"-o {output}: a CSV cannot hold what the next run has to know",
+            next_steps=(
+                f"-o {output.removesuffix('.csv')}.parquet, and then:",
+                f"batchrun collect {output.removesuffix('.csv')}.parquet -o {output}",
+            ),
+        )
     raise UsageError(f"-o {output}: the name must end in .parquet or .jsonl, or be - for stdout")
 
 

@@ -130,7 +130,7 @@ def collect(ctx: click.Context) -> int:
         output = given.text("output")
         if given.flag("json") and output == STDOUT:
             raise UsageError("--json and -o - both write to stdout; choose one")
-        if output is not None:
+        if output is not None and not output.endswith(".csv"):
             output_format(output)
         with interrupts_held():
             from batchrun.runs import collect

@@ -124,7 +124,7 @@ _COLLECTED = Option(
     typed_only=True,
     metavar="FILE",
     shows="OUTPUT's stem + .partial.parquet",
-    help="*.parquet, *.jsonl, or - for lines on stdout.",
+    help="*.parquet, *.jsonl, *.csv for a spreadsheet, or - for lines on stdout.",
 )
 
 

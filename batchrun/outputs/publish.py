@@ -12,6 +12,7 @@ import pyarrow as pa
 from batchrun.chat import CHAT, Api
 from batchrun.config import OutputFormat
 from batchrun.outputs.columns import Column
+from batchrun.outputs.csv import CsvWriter
 from batchrun.outputs.footer import Footer
 from batchrun.outputs.jsonl import JsonlWriter
 from batchrun.outputs.parquet import ParquetWriter
@@ -72,6 +73,8 @@ def _write(
     writer: _Writer
     if fmt == "parquet":
         writer = ParquetWriter(sink, carried_schema, response_body, more)
+    elif fmt == "csv":
+        writer = CsvWriter(sink, carried_schema, more)
     else:
         writer = JsonlWriter(sink, response_body, api, more)
     try:

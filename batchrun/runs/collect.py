@@ -12,7 +12,7 @@ from typing import BinaryIO
 from msgspec.structs import replace
 
 from batchrun import inputs, outputs, process
-from batchrun.config import STDIN, STDOUT, VERSION, OutputFormat
+from batchrun.config import STDIN, STDOUT, VERSION, OutputFormat, output_format
 from batchrun.console import CollectFacts
 from batchrun.errors import UsageError
 from batchrun.inputs import Batch
@@ -191,7 +191,7 @@ def _target_of(target: str, output: str, run_id: str, inputs: Iterable[Path]) ->
 
 
 def _format_of(target: str) -> OutputFormat:
-    return "parquet" if target.endswith(".parquet") else "jsonl"
+    return "csv" if target.endswith(".csv") else output_format(target)
 
 
 def _size_bytes(target: str) -> int | None:
