@@ -64,7 +64,7 @@ async def send(begun: Begun, opened: Opened, plan: Plan, budget: Budget | None) 
     rows = plan.counts.rows()
     before = Totals(plan.counts.total, rows.ok, rows.error)
     requests = passes.requests(plan, opened.book, config)
-    job = Job(config, requests, len(plan.models) < 2, before, budget)
+    job = Job(config, requests, len(plan.models) < 2, before, budget, plan.counts.to_send)
     save_config(state, config, model_of(config), hosts_of(config, opened))
 
     def write(snapshot: Snapshot, bound_by: Bound) -> None:

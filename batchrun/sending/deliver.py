@@ -29,12 +29,15 @@ from batchrun.limits import Budget
 from batchrun.sending.desk import JournalDesk
 from batchrun.sending.meter import Meter, Totals
 from batchrun.sending.pool import Pool
+from batchrun.sending.prefixes import Prefixes
 from batchrun.sending.sender import TICK_S, EarlyEnd, OpenEndpoint, Sender, read_ahead
 from batchrun.sending.tally import RunTally
 from batchrun.sending.typed import asked
 from batchrun.types import Bound, Request
 
 SYNC_S = 1.0
+# So many rows for each place: for fewer, waiting for one answer would be felt.
+FEWEST_LED = 40
 
 
 class Job(NamedTuple):
@@ -45,6 +48,7 @@ class Job(NamedTuple):
     one_model: bool  # every request names the same
     before: Totals
     budget: Budget | None = None
+    rows: int = 0  # to be sent
 
 
 class Delivered(NamedTuple):
@@ -85,6 +89,7 @@ async def deliver(
         one_model=job.one_model,
         answered=journal.count(Held.OK),
         budget=job.budget,
+        prefixes=Prefixes() if job.rows >= FEWEST_LED * (job.config.concurrency or 1) else None,
     )
     meter = Meter(sender, desk.tally, job.before)
     with ThreadPoolExecutor(1, "batchrun-sync") as syncer:

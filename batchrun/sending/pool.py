@@ -26,6 +26,7 @@ from msgspec.structs import replace
 from batchrun.errors import BatchrunError
 from batchrun.sending.feed import Feed
 from batchrun.sending.lines import Lines, Rank
+from batchrun.sending.prefixes import Prefixes
 from batchrun.types import Attempt, Decision, Others, Request, Tries, Verdict
 
 # More waiting rows than this say that the endpoint is the problem: no new row is taken.
@@ -113,7 +114,8 @@ class Persistence(Protocol):
 class Pool:
     """Runs the feed dry, or until ``stop``. One use; called on the loop's thread only.
 
-    ``answered`` is how many rows earlier runs have answered.
+    ``answered`` is how many rows earlier runs have answered; with ``prefixes`` one of the rows that
+    begin alike goes first.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Pool:
         drain_s: float,
         one_model: bool,
         answered: int = 0,
+        prefixes: Prefixes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._feed = feed
@@ -141,6 +144,7 @@ class Pool:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._lines = Lines(lambda wait_s: self._loop.call_later(wait_s, self._guarded, self.staff))
+        self._prefixes = prefixes
         self._answered = answered
         self._answered_s = -math.inf
         self._parked: dict[int, _Parked] = {}
@@ -179,6 +183,8 @@ class Pool:
         for parked in self._parked.values():
             parked.timer.cancel()
         self._parked.clear()
+        if self._prefixes is not None:
+            self._prefixes.clear()
         self._lines.clear()
         self._check_finished()
 
@@ -201,7 +207,8 @@ class Pool:
     @property
     def waiting(self) -> int:
         """Rows that failed or were refused and wait for their turn."""
-        return len(self._parked) + len(self._lines)
+        aside = 0 if self._prefixes is None else len(self._prefixes)
+        return len(self._parked) + len(self._lines) + aside
 
     def staff(self) -> None:
         """Wake or hire a worker where the window and the work allow; it does so for the next.
@@ -215,9 +222,15 @@ class Pool:
         if self._feed.error is not None:
             self._reader_failed(self._feed.error)
             return
+        if self._prefixes is not None and len(self._prefixes):
+            self._follow(self._prefixes.overdue(self._clock()))
         if self._admission.in_flight < self._admission.window and self._has_work():
             self._wake_one()
         self._check_finished()
+
+    def _follow(self, released: list[Request]) -> None:
+        for request in released:
+            self._lines.join(request, "fresh")
 
     def _wake_one(self) -> None:
         while self._idle:
@@ -280,6 +293,10 @@ class Pool:
         if attempt.resent:
             self._persistence.resent(request, attempt.resent)
             self._desk.resent(attempt.resent)
+        released: list[Request] = []
+        if self._prefixes is not None:
+            released = self._prefixes.ended(request, attempt.ended_s, ok=decision.kind == "ok")
+            self._follow(released)
         window = self._admission.window
         was_probing = bool(self._lines) and self._admission.is_probing
         contradictions = self._admission.contradictions(request.model)
@@ -298,7 +315,7 @@ class Pool:
             cause = self._go_on(request, attempt, decision)
         if cause is not None:
             self.stop(cause)
-        if self._admission.window > window or was_probing:
+        if self._admission.window > window or was_probing or released:
             self.staff()
 
     def _go_on(
@@ -358,6 +375,8 @@ class Pool:
             request = self._feed.pop()
             if request is None:
                 return None
+            if self._prefixes is not None and not self._prefixes.may_go(request, now):
+                continue
             if self._lines and self._lines.is_held(request.model, now):
                 self._lines.join(request, "fresh")
                 continue
@@ -369,7 +388,7 @@ class Pool:
         return None
 
     def _wants_new(self) -> bool:
-        if not (self._lines or self._parked):
+        if not self.waiting:
             return True
         # With one model, a second new request would only join the line.
         if self._one_model and self._lines.has_fresh():
@@ -404,7 +423,7 @@ class Pool:
             return
         if self.cause is None:
             work_left = not self._feed.exhausted or self._feed.error is not None
-            if work_left or self._parked or self._lines:
+            if work_left or self.waiting:
                 return
         self._finished.set()
 

@@ -19,6 +19,7 @@ from batchrun.limits import Budget, Limits, LimitSettings
 from batchrun.sending.feed import Feed
 from batchrun.sending.patience import Persistence
 from batchrun.sending.pool import Desk, Pool
+from batchrun.sending.prefixes import Prefixes
 from batchrun.sending.typed import Asked
 from batchrun.types import Attempt, Request
 from batchrun.words import count, duration, verb
@@ -94,6 +95,7 @@ class Sender:
         one_model: bool,
         answered: int = 0,
         budget: Budget | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         settings = LimitSettings(
             concurrency=config.concurrency and min(config.concurrency, endpoint.room),
@@ -119,6 +121,7 @@ class Sender:
             drain_s=config.drain_s,
             one_model=one_model,
             answered=answered,
+            prefixes=prefixes,
         )
         self._drain_s = config.drain_s
         self._talk = talk

@@ -288,7 +288,7 @@ def test_the_suffix_of_the_output_decides_its_format() -> None:
     assert output_format("a.parquet") == "parquet"
     assert output_format("a.jsonl") == "jsonl"
     assert output_format("-") == "jsonl"
-    for name in ("a.csv", "a", "a.jsonl.gz", "a.parquet/"):
+    for name in ("a.txt", "a", "a.jsonl.gz", "a.parquet/"):
         with pytest.raises(UsageError, match=r"\.parquet or \.jsonl"):
             output_format(name)
 
@@ -523,7 +523,7 @@ def test_layers_win_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (("submit",), "INPUT"),
         (("submit", "a.jsonl", "--rmp", "5"), "--rpm"),
         (("submit", "a.jsonl", "b.jsonl"), "several inputs need -o"),
-        (("submit", "a.jsonl", "-o", "a.csv", "--mock"), ".parquet or .jsonl"),
+        (("submit", "a.jsonl", "-o", "a.txt", "--mock"), ".parquet or .jsonl"),
         (("submit", "a.jsonl", "--timeout", "soon"), "not a duration"),
         (("submit", "a.jsonl", "-c", "many"), "neither a number nor auto"),
         (("submit", "a.jsonl", "-c", "0", "--mock"), "--concurrency 0"),
