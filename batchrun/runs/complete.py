@@ -34,7 +34,7 @@ async def complete(
     """
     end = EarlyEnd()
     async with chat_endpoint(config) as endpoint:
-        how = asked(endpoint.send, config)
+        how = asked(endpoint.send, config, end.requested.is_set)
         desk = _ResultDesk(endpoint.host, how.spent)
         reader = _Reader(_Builders(config), iter(requests), desk, end)
         # Whoever leaves the block, or is refused, waits for nothing.

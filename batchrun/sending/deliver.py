@@ -72,7 +72,7 @@ async def deliver(
     job: Job, endpoint: OpenEndpoint, journal: Journal, end: EarlyEnd, talk: Progress, watch: Watch
 ) -> Delivered:
     """Send the job's requests until they are settled or something ends the run."""
-    how = asked(endpoint.send, job.config)
+    how = asked(endpoint.send, job.config, end.requested.is_set)
     desk = JournalDesk(
         journal,
         endpoint.host,

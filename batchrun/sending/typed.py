@@ -66,12 +66,12 @@ class Asked(NamedTuple):
     said: Callable[[], Sequence[str]]  # notes on what was found out
 
 
-def asked(send: Send, config: RunConfig) -> Asked:
-    """As they are, unless answers have to fit."""
+def asked(send: Send, config: RunConfig, is_over: Callable[[], bool]) -> Asked:
+    """As they are, unless answers have to fit. Once ``is_over`` nothing more is sent."""
     if config.schema is None and config.escalate is None:
         return Asked(send, classify, nothing_spent, tuple)
     schema = None if config.schema is None else AnswerSchema(config.schema)
-    typed = TypedAnswers(send, schema, config)
+    typed = TypedAnswers(send, schema, config, is_over)
     return Asked(typed.send, typed.judge, typed.spent, typed.said)
 
 
@@ -97,8 +97,15 @@ class _Forms(Struct):
 class TypedAnswers:
     """Sends and judges as an endpoint and ``classify`` do; ``spent`` is asked of a settled row."""
 
-    def __init__(self, send: Send, schema: AnswerSchema | None, config: RunConfig) -> None:
+    def __init__(
+        self,
+        send: Send,
+        schema: AnswerSchema | None,
+        config: RunConfig,
+        is_over: Callable[[], bool],
+    ) -> None:
         self._send = send
+        self._is_over = is_over
         self._schema = schema
         self._repairs = config.max_schema_retries if schema is not None else 0
         self._escalate = config.escalate or ""
@@ -124,6 +131,8 @@ class TypedAnswers:
         if forms.is_proven or len(forms.left) < 2:
             return await self._send(self._prepared(request, forms.left[0]))
         async with forms.asking:
+            if self._is_over():
+                raise asyncio.CancelledError
             attempt = await self._send(self._prepared(request, forms.left[0]))
             if not forms.is_proven:
                 decision = classify(attempt, request)

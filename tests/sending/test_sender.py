@@ -58,7 +58,7 @@ class Doubts:
 
 def sender(endpoint: Silent, desk: Doubts) -> Sender:
     config = RunConfig(inputs=(), output="-", concurrency=100, drain_s=3600.0)
-    how = asked(endpoint.send, config)
+    how = asked(endpoint.send, config, lambda: False)
     return Sender(config, endpoint, desk, Progress(quiet=True), how, one_model=True)
 
 

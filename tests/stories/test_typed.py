@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import StartMock, Submit
+from conftest import StartMock, StartRun, Submit
+from msgspec.structs import replace
 
 import batchrun
 from batchrun.mock.replies import MockReply, MockRequest, completion, error_reply
@@ -213,6 +215,28 @@ def test_a_stream_is_checked_too(mock: StartMock, submit: Submit) -> None:
     write_rows(2)
     assert submit(*endpoint.command, "--stream").code == 0
     assert pq.read_table("out.parquet")["attempts"].to_pylist() == [2, 2]
+
+
+def test_a_signal_while_the_form_is_tried_sends_no_more(
+    mock: StartMock, running: StartRun, submit: Submit
+) -> None:
+    def respond(request: MockRequest) -> MockReply:
+        reply = completion(request, content=GOOD)
+        return reply if go_on else replace(reply, delay_s=1.0)
+
+    go_on = False
+    server = mock(respond=respond)
+    write_rows(20)
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m", "-o", "out.parquet", "-c", 20)
+    with running(*to, "--schema", "schema.json") as run:
+        while not server.ledger.requests:
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        assert run.end().code == 130
+    assert server.ledger.requests == 1
+    go_on = True
+    assert submit(*to, "--schema", "schema.json").code == 0
+    assert server.ledger.requests == 20
 
 
 WIDE: dict[str, Any] = {
