@@ -78,6 +78,9 @@ _FIELDS = {
 }
 
 
+_PATHS = frozenset(("FILE", "DIR", "FILE.json", "FILE|GLOB", "OUTPUT"))
+
+
 class Option(click.Option):
     """An option that knows its heading, its variable, and the RunConfig field it sets, if any.
 
@@ -98,6 +101,8 @@ class Option(click.Option):
         variable: bool = True,
         **more: Any,
     ) -> None:
+        if more.get("metavar") in _PATHS:
+            more.setdefault("type", click.Path())  # a shell completes it
         long = next(name for name in names if name.startswith("--"))
         name = long.removeprefix("--").replace("-", "_")
         self.field = _FIELDS.get(name, "") if field is None else field
@@ -145,7 +150,7 @@ _talk = partial(Option, heading="Talk")
 _pace = partial(Option, heading="Pace")
 _failures = partial(Option, heading="Failures")
 _state = partial(Option, heading="State")
-INPUTS = click.Argument(["inputs"], nargs=-1, required=True, metavar="INPUT...")
+INPUTS = click.Argument(["inputs"], nargs=-1, required=True, metavar="INPUT...", type=click.Path())
 JSON = _talk("--json", is_flag=True, help="Print one JSON object on stdout at the end.")
 
 

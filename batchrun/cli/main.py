@@ -104,7 +104,7 @@ def estimate(ctx: click.Context, /, **_: object) -> int:
     return _perform(ctx)
 
 
-_RUN_OF = click.Argument(["output"])
+_RUN_OF = click.Argument(["output"], type=click.Path())
 
 
 @cli.command(epilog=_EPILOG, params=[_RUN_OF, STATE, JSON, CONFIG])
@@ -114,7 +114,7 @@ def status(ctx: click.Context, /, **_: object) -> int:
     return _perform(ctx)
 
 
-_COLLECTED_FROM = click.Argument(["collected_from"], metavar="OUTPUT")
+_COLLECTED_FROM = click.Argument(["collected_from"], metavar="OUTPUT", type=click.Path())
 
 
 _COLLECTED = Option(
@@ -147,6 +147,18 @@ def models(ctx: click.Context, /, **_: object) -> int:
 def mock_server(ctx: click.Context, /, **_: object) -> int:
     """Serve synthetic chat completions, for dry runs and tests; Ctrl-C ends it."""
     return _perform(ctx)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """Print what a shell's start-up file needs to complete commands, options and files."""
+    from click.shell_completion import get_completion_class
+
+    complete = get_completion_class(shell)
+    assert complete is not None
+    click.echo(complete(cli, {}, "batchrun", "_BATCHRUN_COMPLETE").source())
+    return EXIT_OK
 
 
 @cli.command("help")
