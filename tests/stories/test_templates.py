@@ -99,6 +99,24 @@ def test_a_null_is_an_error_row_unless_the_template_allows_it(
     assert [each[0]["content"] for each in endpoint.messages()] == ["a 1", "? 2", "c 0"]
 
 
+def test_a_list_that_a_filter_makes_is_the_same_on_every_pass(
+    endpoint: Endpoint, submit: Submit
+) -> None:
+    Path("in.jsonl").write_text('{"tags": ["a", "b", "a"]}\n{"tags": ["c"]}\n')
+    command = ("in.jsonl", *endpoint.to, "-c", 1, "-o", "out.parquet", "-p", "{{ tags | unique }}")
+    assert submit(*command).code == 0
+    assert [each[0]["content"] for each in endpoint.messages()] == ['["a","b"]', '["c"]']
+    assert submit(*command).code == 0
+    assert endpoint.messages() == []
+
+
+def test_a_column_named_as_a_function_is_read(endpoint: Endpoint, submit: Submit) -> None:
+    pq.write_table(pa.table({"range": ["near", "far"]}), "in.parquet")
+    command = ("in.parquet", *endpoint.to, "-c", 1, "-o", "out.parquet")
+    assert submit(*command, "-p", "{{ range | upper }}").code == 0
+    assert [each[0]["content"] for each in endpoint.messages()] == ["NEAR", "FAR"]
+
+
 def test_turns_come_before_the_prompt(endpoint: Endpoint, submit: Submit) -> None:
     turns = [
         {"role": "user", "content": "Sort: my card was charged twice"},
