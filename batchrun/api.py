@@ -100,6 +100,7 @@ class Options(Where, total=False):
     reuse: tuple[str, ...]
     overwrite: bool
     allow_failures: Allowance
+    metrics_file: str | None
     if_locked: IfLocked
     keep_unused_days: float | None
     carry: tuple[str, ...] | None

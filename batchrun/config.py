@@ -149,6 +149,7 @@ class RunConfig:
     reuse: tuple[str, ...] = ()  # other outputs, whose answers count as held
     overwrite: bool = False
     allow_failures: Allowance = Allowance()
+    metrics_file: str | None = None
     if_locked: IfLocked = "fail"
     keep_unused_days: float | None = 30.0  # None: for ever
 

@@ -410,6 +410,7 @@ TALK = (
     _talk("--verbose", "-v", is_flag=True, help="Also show how the limits move."),
     JSON,
     _talk("--log-file", metavar="FILE", help="Append a line a minute, and notes."),
+    _talk("--metrics-file", metavar="FILE", help="Numbers for Prometheus, every few seconds."),
 )
 
 
@@ -458,4 +459,6 @@ KNOBS = (
 
 
 # What is read into the fields of RunConfig, one by one.
-SETTINGS = tuple(option for option in (*OUTPUT, *REQUEST, MOCK, *DELIVERY, *ROWS) if option.field)
+SETTINGS = tuple(
+    option for option in (*OUTPUT, *REQUEST, MOCK, *DELIVERY, *ROWS, *TALK) if option.field
+)

@@ -17,10 +17,13 @@ from batchrun.console.facts import (
 )
 from batchrun.console.found import collect_block, status_block, validate_block
 from batchrun.console.instead import error_summary, error_text, skipped_summary
+from batchrun.console.metrics import FIRST_LINE as METRICS_FIRST_LINE
+from batchrun.console.metrics import metrics_text
 from batchrun.console.progress import Progress, Snapshot
 from batchrun.console.start import start_block, start_lines
 
 __all__ = [
+    "METRICS_FIRST_LINE",
     "BadRowFacts",
     "Between",
     "CollectFacts",
@@ -38,6 +41,7 @@ __all__ = [
     "estimate_block",
     "final_block",
     "final_lines",
+    "metrics_text",
     "models_json",
     "next_steps",
     "skipped_summary",

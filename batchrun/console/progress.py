@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TextIO
 
+import msgspec
 from msgspec import Struct
 
 from batchrun import terminal
@@ -27,6 +28,7 @@ from batchrun.console.writer import (
     OpenBar,
     Writer,
 )
+from batchrun.summary import TokenCounts
 from batchrun.terminal import LABEL_WIDTH, WIDTH
 from batchrun.types import Bound
 from batchrun.words import count, duration, rate, stopwatch
@@ -57,6 +59,11 @@ class Snapshot(Struct, frozen=True):
     longest_s: float | None = None  # the age of the oldest request in flight
     resting: int = 0  # rows that failed or were held back and wait for their turn
     bound_by: Bound | None = None  # what holds the next request back
+    attempts: int = 0  # of this run, as the three that follow
+    retries: int = 0
+    rate_limited: int = 0
+    in_doubt: int = 0
+    spent: TokenCounts = msgspec.field(default_factory=TokenCounts)
 
 
 class Progress:

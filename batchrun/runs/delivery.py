@@ -76,6 +76,8 @@ async def send(begun: Begun, opened: Opened, plan: Plan, budget: Budget | None) 
         status.in_flight = snapshot.in_flight
         status.bound_by = bound_by
         write_status(state, status)
+        if begun.metrics is not None:
+            begun.metrics.write(snapshot)
 
     # What an earlier run left here must not speak for this one.
     write_status(state, status_of(begun, *before))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,9 @@ from batchrun.errors import SettingsDiffer, UsageError
 from batchrun.inputs import Resolved, RowsOrTable
 from batchrun.journal import FORMAT, Header, Journal, Lock, Recovery, StateDir, read_saved
 from batchrun.outputs import Footer, Target
+from batchrun.runs import place
 from batchrun.runs.asking import model_of, prompt_settings
+from batchrun.runs.metrics_file import MetricsFile
 from batchrun.runs.sources import Source, lay_out, shapes
 from batchrun.runs.stop import Stop
 from batchrun.runs.unused import Kept, Unused
@@ -38,10 +40,26 @@ class Begun:
     lock: Lock
     started_s: float
     started_at_ms: int
+    metrics: MetricsFile | None = None
 
     @classmethod
-    def now(cls, config: RunConfig, talk: Progress, stop: Stop, lock: Lock) -> Begun:
-        return cls(config, talk, stop, lock, time.monotonic(), int(time.time() * 1000))
+    def now(
+        cls,
+        config: RunConfig,
+        talk: Progress,
+        stop: Stop,
+        lock: Lock,
+        metrics: MetricsFile | None = None,
+    ) -> Begun:
+        at_ms = int(time.time() * 1000)
+        return cls(config, talk, stop, lock, time.monotonic(), at_ms, metrics)
+
+    def with_price(self) -> Begun:
+        """With the price that is remembered, where none is given."""
+        if self.config.price is not None:
+            return self
+        price = place.remembered_price(self.config, self.state)
+        return replace(self, config=replace(self.config, price=price))
 
     @property
     def state(self) -> StateDir:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack, closing
-from dataclasses import replace
 
 from batchrun import process
 from batchrun.config import RunConfig
@@ -18,6 +17,7 @@ from batchrun.errors import BatchrunError, UsageError
 from batchrun.inputs import RowsOrTable
 from batchrun.runs import asking, delivery, ending, opening, place, publishing
 from batchrun.runs.ending import Phases
+from batchrun.runs.metrics_file import MetricsFile
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import plan_run
 from batchrun.runs.spending import budget_of, check_price
@@ -45,18 +45,26 @@ async def run(
         if handle_signals:
             stack.enter_context(process.signals(stop.on_signal, stop.at_once, stop.last_words))
         asking.check_endpoint(config)
+        metrics = MetricsFile.of(config)
         place.check_output(config)
         if config.deadline_s is not None:
             stack.enter_context(stop.at_deadline(config.deadline_s))
         lock = await place.hold(config, stop, talk, stack)
-        if config.price is None:
-            config = replace(config, price=place.remembered_price(config, lock.state))
-        return await _begin(Begun.now(config, talk, stop, lock), rows)
+        try:
+            summary = await _begin(Begun.now(config, talk, stop, lock, metrics), rows)
+        except BatchrunError as exc:
+            if metrics is not None:
+                metrics.end(RunSummary(exit_code=exc.exit_code))
+            raise
+        if metrics is not None:
+            metrics.end(summary)
+        return summary
 
 
 async def _begin(begun: Begun, rows: RowsOrTable | None) -> RunSummary:
     opened = None
     try:
+        begun = begun.with_price()
         check_price(begun.config)
         found = await asyncio.to_thread(opening.find, begun, rows)
         if not begun.state.has_journal() and (

@@ -49,6 +49,11 @@ class Meter:
             longest_s=self._limits.longest_s(now),
             resting=self._pool.waiting,
             bound_by=self._limits.bound_by(),
+            attempts=tally.attempts,
+            retries=tally.retries,
+            rate_limited=tally.rate_limited,
+            in_doubt=tally.in_doubt,
+            spent=tally.tokens,
         )
 
     def sample(self) -> Snapshot:
