@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from mock_servers import MockServerThread
 import batchrun
 from batchrun.mock.replies import MockReply, MockRequest, error_reply
 
-TICKETS = Path(__file__).parents[2] / "sample_inputs" / "tickets.csv"
+SAMPLES = Path(__file__).parents[2] / "sample_inputs"
+TICKETS = Path("tickets.csv")
 PNG = b"\x89PNG\r\n\x1a\n and more \xff"
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(SAMPLES / TICKETS, TICKETS)
 
 
 class Endpoint:
@@ -82,7 +85,7 @@ def test_an_unknown_column_is_said_before_anything_is_sent(
         assert 'no column "subjct"' in ended.err
         assert "id, subject, body, language" in ended.err
     assert endpoint.messages() == []
-    assert list(Path().iterdir()) == []
+    assert list(Path().iterdir()) == [TICKETS]
 
 
 def test_a_null_is_an_error_row_unless_the_template_allows_it(
