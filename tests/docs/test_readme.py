@@ -59,7 +59,7 @@ TOLD = "\n".join(
     [*PAGES.values(), *(file.read_text("utf-8") for file in sorted(RECIPES.iterdir()))]
 )
 
-MOST_WORDS = 1_600
+MOST_WORDS = 1_500
 LONGEST_S = 60
 HELP_WIDTH = 100  # as wide as the help itself goes
 BAR = "% |"
