@@ -159,6 +159,21 @@ def test_complete_raises_what_ends_a_run(mock: Callable[..., MockServerThread]) 
     assert server.ledger.requests < 50
 
 
+def test_a_budget_binds_complete(mock: Callable[..., MockServerThread]) -> None:
+    server = mock()
+    options = {"base_url": server.url, "model": "m", "params": {"max_tokens": 10}}
+    with pytest.raises(batchrun.BatchrunError, match="--token-budget 1,000 could be exceeded"):
+        collected([f"question {n}" for n in range(200)], token_budget=1_000, **options)
+    billed = server.ledger.billed
+    assert 800 < (billed.prompt_tokens or 0) + (billed.completion_tokens or 0) <= 1_000
+    asked = server.ledger.requests
+    with pytest.raises(batchrun.BatchrunError, match="no price is known"):
+        collected(["x"], max_cost=1.0, **options)
+    with pytest.raises(batchrun.BatchrunError, match="its answer has no bound"):
+        collected(["x"], token_budget=1_000, base_url=server.url, model="m")
+    assert server.ledger.requests == asked
+
+
 def test_complete_retries_a_passing_failure(mock: Callable[..., MockServerThread]) -> None:
     server = mock(Knobs(script=("429-ms", "ok"), retry_after_s=0.01))
     results = collected(["x", "y"], base_url=server.url, model="m")

@@ -1,10 +1,12 @@
 """May it go now? Admission without a clock of its own, a socket or a sleep."""
 
 from batchrun.limits.admission import Limits, LimitSettings
-from batchrun.limits.budget import Budget
+from batchrun.limits.budget import NO_BOUND, Budget, unbounded
 
 __all__ = [
+    "NO_BOUND",
     "Budget",
     "LimitSettings",
     "Limits",
+    "unbounded",
 ]

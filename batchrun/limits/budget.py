@@ -2,7 +2,10 @@
 
 What is on its way is reserved at its worst: every byte of the body a token, and as many tokens of
 answer as the request allows. An answer then costs what it reports. What may have been billed
-without an answer to tell stays at its worst.
+without an answer to tell, or came without a word on tokens, stays at its worst.
+
+A byte a token has room for the words that templates of models add to a prompt; an endpoint that
+bills more than the worst all the same is believed from then on.
 """
 
 from __future__ import annotations
@@ -17,18 +20,48 @@ from batchrun.money import Price
 from batchrun.types import Attempt, Decision, Request, Usage
 from batchrun.words import dollars
 
-# An image named by URL: more than providers make of one at its finest.
-_IMAGE_TOKENS: Final = 30_000
+# An image named by URL: more than providers make of one at its finest (gpt-4o-mini: 48,169).
+_IMAGE_TOKENS: Final = 50_000
 _IMAGE: Final = b'"image_url":'
+# What is named here and read there, however long. In a text the quotes are escaped, and no JSON
+# Schema has such a type.
+_OF_ANY_LENGTH: Final = {
+    b'"type":"file"': "it has a file",
+    b'"type":"document_url"': "it has a document",
+    b'"type":"video_url"': "it has a video",
+}
+NO_BOUND: Final = "its answer has no bound"
 
 
 class _Bounds(Struct):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: int | None = None
+    web_search_options: msgspec.Raw | None = None
+
+    @property
+    def answer(self) -> int:
+        return max(self.max_tokens or 0, self.max_completion_tokens or 0)
 
 
-_bounds: Final = msgspec.json.Decoder(_Bounds).decode
+_decode: Final = msgspec.json.Decoder(_Bounds).decode
+
+
+def _bounds(body: bytes) -> _Bounds:
+    try:
+        return _decode(body)
+    except msgspec.DecodeError:  # a max_tokens that is no number
+        return _Bounds()
+
+
+def unbounded(body: bytes) -> str | None:
+    """Why no budget can bind a request, for people; None when it has a bound."""
+    bounds = _bounds(body)
+    if bounds.answer <= 0:
+        return NO_BOUND
+    if bounds.web_search_options is not None:
+        return "it searches the web"
+    return next((words for mark, words in _OF_ANY_LENGTH.items() if mark in body), None)
 
 
 class Cost(NamedTuple):
@@ -63,37 +96,35 @@ class Budget:
         self._more_prompt = more_prompt
         self._repairs = repairs
         self._spent = Cost()
+        self._doubted = Cost()  # of what is spent
         self._reserved = Cost()
+        self._beyond = Cost()  # what an answer cost more than its worst, at most so far
         self._flying: dict[int, Cost] = {}  # id(request) ->
         self._wanted: Cost | None = None  # by a request that had no room since one last left
 
-    def worst(self, body: bytes) -> Cost | None:
-        """What one attempt may cost at most; None when its answer has no bound."""
-        try:
-            bounds = _bounds(body)
-        except msgspec.DecodeError:
-            return None
-        answer = max(bounds.max_tokens or 0, bounds.max_completion_tokens or 0)
-        if answer <= 0:
-            return None
+    def worst(self, body: bytes) -> Cost:
+        """What one attempt may cost at most, of a body that is not ``unbounded``."""
+        bounds = _bounds(body)
+        answer = bounds.answer
         prompt = len(body) + self._more_prompt + _IMAGE_TOKENS * body.count(_IMAGE)
         prompt += answer if self._repairs else 0
         answer *= max(1, bounds.n or 1)
         usd = 0.0 if self._price is None else self._price.most_usd(prompt, answer)
         return Cost(prompt + answer, usd)
 
-    def spent_before(self, usage: Usage) -> None:
-        """Count an answer that is held."""
-        self._spent = self._spent.plus(self._of(usage, Cost()))
+    def spent_before(self, usage: Usage, body: bytes | None) -> None:
+        """Count what earlier runs used; without a word on tokens it is the worst of ``body``."""
+        self._spend(usage, Cost() if body is None else self.worst(body))
 
     def doubted_before(self, body: bytes, attempts: int) -> None:
         """Count attempts that may have been billed and never told."""
-        self._spent = self._spent.plus(self.worst(body) or Cost(), attempts)
+        self._doubt(self.worst(body), attempts)
 
     def fits(self, request: Request) -> bool:
         """Whether it may leave now."""
-        worst = self.worst(request.body) or Cost()
+        worst = self.worst(request.body)
         would = self._spent.plus(self._reserved).plus(worst)
+        would = would.plus(self._beyond, len(self._flying) + 1)
         if (self._tokens is not None and would.tokens > self._tokens) or (
             self._usd is not None and would.usd > self._usd
         ):
@@ -102,7 +133,7 @@ class Budget:
         return True
 
     def leaves(self, request: Request) -> None:
-        worst = self.worst(request.body) or Cost()
+        worst = self.worst(request.body)
         self._flying[id(request)] = worst
         self._reserved = self._reserved.plus(worst)
         self._wanted = None
@@ -111,32 +142,49 @@ class Budget:
         worst = self._landed(request)
         if decision.kind in ("ok", "invalid_answer"):
             usage = attempt.reply.usage if attempt.reply is not None else Usage()
-            self._spent = self._spent.plus(self._of(usage, worst))
+            cost = self._spend(usage, worst)
+            self._beyond = Cost(
+                max(self._beyond.tokens, cost.tokens - worst.tokens),
+                max(self._beyond.usd, cost.usd - worst.usd),
+            )
         elif decision.in_doubt:
-            self._spent = self._spent.plus(worst)
-        self._spent = self._spent.plus(worst, attempt.resent)
+            self._doubt(worst)
+        self._doubt(worst, attempt.resent)
 
     def lost(self, request: Request) -> None:
         """It was cut off on its way."""
-        self._spent = self._spent.plus(self._landed(request))
+        self._doubt(self._landed(request))
 
     def verdict(self) -> StoppedEarly | None:
         """Why nothing more can leave, asked while nothing is on its way."""
         if self._wanted is None:
             return None
-        would = self._spent.plus(self._wanted)
+        wanted = self._wanted.plus(self._beyond)
+        would, doubts = self._spent.plus(wanted), self._doubted
         if self._usd is not None and would.usd > self._usd:
             flag, limit = "--max-cost", dollars(self._usd)
-            spent, next_ = dollars(self._spent.usd), dollars(self._wanted.usd)
-        elif self._tokens is None or would.tokens <= self._tokens:
-            return None
-        else:
+            amounts = [dollars(each.usd) for each in (self._spent, doubts, wanted)]
+        elif self._tokens is not None and would.tokens > self._tokens:
             flag, limit = "--token-budget", f"{self._tokens:,}"
-            spent, next_ = f"{self._spent.tokens:,}", f"{self._wanted.tokens:,}"
+            amounts = [f"{each.tokens:,}" for each in (self._spent, doubts, wanted)]
+        else:
+            return None
+        spent, doubted, next_ = amounts
+        if doubts.tokens:
+            spent += f" (of it {doubted} perhaps, by attempts that brought no answer)"
         return StoppedEarly(
             f"{flag} {limit} could be exceeded: {spent} spent, the next answer may take {next_}",
             next_steps=(f"the same command with a higher {flag} continues",),
         )
+
+    def _spend(self, usage: Usage, unknown: Cost) -> Cost:
+        cost = self._of(usage, unknown)
+        self._spent = self._spent.plus(cost)
+        return cost
+
+    def _doubt(self, worst: Cost, attempts: int = 1) -> None:
+        self._doubted = self._doubted.plus(worst, attempts)
+        self._spent = self._spent.plus(worst, attempts)
 
     def _landed(self, request: Request) -> Cost:
         worst = self._flying.pop(id(request))
@@ -146,7 +194,8 @@ class Budget:
     def _of(self, usage: Usage, unknown: Cost) -> Cost:
         """What was reported; ``unknown`` for what was not."""
         prompt, completion = usage.prompt_tokens, usage.completion_tokens
-        if prompt is None or completion is None:
+        # No prompt has no tokens: some that do not count report zeros.
+        if not prompt or completion is None:
             return unknown
         usd = 0.0 if self._price is None else self._price.cost_usd(usage) or 0.0
         return Cost(max(prompt + completion, usage.total_tokens or 0), usd)

@@ -16,7 +16,8 @@ from batchrun.console import Progress
 from batchrun.errors import BatchrunError, EndpointRefused, UsageError
 from batchrun.inputs import image_urls
 from batchrun.runs.asking import chat_endpoint, prompt_settings
-from batchrun.sending import EarlyEnd, Feed, Sender, Spent, asked, outcome_of, refusal
+from batchrun.runs.spending import budget_of, check_bounded, check_price
+from batchrun.sending import Budget, EarlyEnd, Feed, Sender, Spent, asked, outcome_of, refusal
 from batchrun.types import Answer, Attempt, Decision, Outcome, Request, Result, Tries
 
 # Requests read ahead, and results waiting for their reader: what bounds the memory.
@@ -32,14 +33,18 @@ async def complete(
 
     What a request may be, and how it ends, says ``api.complete``.
     """
+    check_price(config)
+    budget = budget_of(config)
     end = EarlyEnd()
     async with chat_endpoint(config) as endpoint:
         how = asked(endpoint.send, config, end.requested.is_set)
         desk = _ResultDesk(endpoint.host, how.spent)
-        reader = _Reader(_Builders(config), iter(requests), desk, end)
+        reader = _Reader(_Builders(config, budget), iter(requests), desk, end)
         # Whoever leaves the block, or is refused, waits for nothing.
         hasty = replace(config, drain_s=0.0)
-        sender = Sender(hasty, endpoint, desk, Progress(quiet=True), how, one_model=False)
+        sender = Sender(
+            hasty, endpoint, desk, Progress(quiet=True), how, one_model=False, budget=budget
+        )
         # Not a TaskGroup: it would wrap what the caller's own block raises.
         task = asyncio.create_task(_send(sender, reader, desk, end))
         try:
@@ -187,7 +192,8 @@ class _Closed(BatchrunError):
 class _Builders:
     """Requests from rows of any shape, decided row by row."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, budget: Budget | None) -> None:
+        self._binds = budget is not None
         self._settings = prompt_settings(config)
         self._config = config
         self._by_columns: dict[tuple[str, ...], Builder] = {}
@@ -215,6 +221,8 @@ class _Builders:
             model=built.model,
             model_from_row=built.model_from_row,
         )
+        if self._binds:
+            check_bounded(request, self._config)
         return request, custom_id
 
     def _builder(self, row: Mapping[str, JSONValue]) -> Builder:

@@ -20,7 +20,7 @@ from batchrun.runs.ending import Phases
 from batchrun.runs.metrics_file import MetricsFile
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import plan_run
-from batchrun.runs.spending import budget_of, check_price
+from batchrun.runs.spending import budget_of, check_price, count_before
 from batchrun.runs.stop import Stop
 from batchrun.summary import RunSummary
 
@@ -89,10 +89,10 @@ async def _go_on(begun: Begun, found: Found, opened: Opened) -> RunSummary:
     try:
         await asyncio.to_thread(opening.take_over, begun, found, opened.book)
         plan = await asyncio.to_thread(plan_run, begun, found.sources, opened)
-        budget = None
-        if plan.counts.to_send:
-            budget = await asyncio.to_thread(
-                budget_of, begun.config, plan, opened.book, begun.stop.check
+        budget = budget_of(begun.config)
+        if budget is not None and plan.counts.to_send:
+            await asyncio.to_thread(
+                count_before, budget, begun.config, plan, opened.book, begun.stop.check
             )
         delivery.say_start(begun, found, opened, plan)
         if plan.counts.to_send:

@@ -1,6 +1,6 @@
 """N requests in flight: waits and retries decided, outcomes handed to whoever keeps them."""
 
-from batchrun.limits import Budget
+from batchrun.limits import NO_BOUND, Budget, unbounded
 from batchrun.sending.deliver import Delivered, Job, deliver
 from batchrun.sending.desk import outcome_of, refusal
 from batchrun.sending.feed import Feed
@@ -10,6 +10,7 @@ from batchrun.sending.tally import RunTally
 from batchrun.sending.typed import Spent, asked
 
 __all__ = [
+    "NO_BOUND",
     "Budget",
     "Delivered",
     "EarlyEnd",
@@ -23,4 +24,5 @@ __all__ = [
     "deliver",
     "outcome_of",
     "refusal",
+    "unbounded",
 ]

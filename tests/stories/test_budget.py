@@ -128,7 +128,7 @@ def test_a_budget_in_dollars_binds_by_its_price(mock: StartMock, submit: Submit)
         (("--max-cost", 1), "no price is known"),
         (("--max-cost", 0, "--price", "1,1"), "greater than 0"),
         (("--max-cost", 1, "--price", "1,1", "--escalate", "x"), "two prices"),
-        (("--token-budget", 100), "row 1 sets no bound"),
+        (("--token-budget", 100), "row 1 may take any number of tokens"),
     ],
 )
 def test_a_budget_that_cannot_bind_is_refused(
@@ -141,6 +141,61 @@ def test_a_budget_that_cannot_bind_is_refused(
     assert words in ended.err
     assert server.ledger.requests == 0
     assert sorted(path.name for path in Path().iterdir()) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "file", "file": {"file_id": "f"}}, "it has a file"),
+        ({"type": "document_url", "document_url": "https://x/y.pdf"}, "it has a document"),
+        ({"type": "video_url", "video_url": {"url": "https://x/y.mp4"}}, "it has a video"),
+    ],
+)
+def test_what_may_be_of_any_length_is_refused(
+    mock: StartMock, submit: Submit, part: object, words: str
+) -> None:
+    server = mock()
+    # The same words in a text bind nobody.
+    texts = [{"type": "text", "text": json.dumps(part)}]
+    rows = [{"messages": [{"role": "user", "content": parts}]} for parts in (texts, [part])]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m", "--max-tokens", 9)
+    ended = submit(*to, "--token-budget", 10**6)
+    assert ended.code == 2
+    assert f"row 2 may take any number of tokens: {words}" in " ".join(ended.err.split())
+    assert server.ledger.requests == 0
+
+
+def test_answers_that_do_not_tell_their_tokens_stay_at_their_worst(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock(Knobs(stream_usage="none"))
+    write_rows(100)
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m", "--max-tokens", MOST, "--stream")
+    command = (*to, "--token-budget", 10_000, "--json")
+    assert submit(*command).code == 75
+    asked = server.ledger.requests
+    assert 0 < asked < 80
+    # Neither the next run nor one over the published answers knows better.
+    assert submit(*command).code == 75
+    write_rows(asked)
+    assert submit(*command).code == 0
+    write_rows(100)
+    assert submit(*command).code == 75
+    assert server.ledger.requests == asked
+
+
+def test_who_bills_more_than_was_sent_is_believed(mock: StartMock, submit: Submit) -> None:
+    hidden = 5_000  # tokens that an endpoint adds to every prompt
+
+    def respond(request: MockRequest) -> MockReply:
+        return completion(request, usage=Usage(hidden, 5))
+
+    server = mock(respond=respond)
+    write_rows(300)
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m", "--max-tokens", 5, "-c", 4)
+    assert submit(*to, "--token-budget", 200_000).code == 75
+    assert 150_000 < (server.ledger.billed.prompt_tokens or 0) <= 200_000
 
 
 def test_typed_answers_are_bound_too(mock: StartMock, submit: Submit) -> None:
