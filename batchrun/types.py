@@ -94,6 +94,7 @@ class Request(Struct, frozen=True, gc=False):
     model: str  # the body's model; "" when it names none
     model_from_row: bool = False  # the row named the model itself, so a bad one is the row's fault
     in_doubt: int = 0  # attempts of earlier runs that may have been billed
+    used: Usage = NO_USAGE  # by attempts of earlier runs
 
 
 class ErrorBody(Struct, frozen=True, gc=False):

@@ -38,7 +38,7 @@ from batchrun.journal.recovery import (
 from batchrun.journal.segments import Contents, Header, Recovery
 from batchrun.journal.slots import Held, Survey
 from batchrun.journal.state import StateDir
-from batchrun.types import Outcome
+from batchrun.types import NO_USAGE, Outcome, Usage
 
 SEGMENT_BYTES = 256 << 20
 # Fewer are replayed in no time, and a replay finds damage at once, not when a body is read.
@@ -215,6 +215,23 @@ class Journal:
         """Attempts that may have been billed, over all runs, those that a kill cut off included."""
         return self._table.in_doubt(slot)
 
+    def used(self, slots: Sequence[int]) -> dict[int, Usage]:
+        """What was used for those of these slots that have no answer though something was.
+
+        Raises as ``read`` does. What this process used counts once it is flushed.
+        """
+        failed = [slots[at] for at in self.places(slots, (Held.REJECTED, Held.PASSING))]
+        used = {
+            slot: outcome.usage
+            for slot, outcome in zip(failed, self.read_all(failed), strict=True)
+            if outcome is not None and outcome.usage != NO_USAGE
+        }
+        if used_at := self._table.used_at:
+            for slot in slots:
+                for position in used_at.get(slot, ()):
+                    used[slot] = used.get(slot, NO_USAGE) + self._reader.usage(position)
+        return used
+
     def read(self, slot: int) -> Outcome:
         """The outcome kept for a slot that is not NEW, its checksum verified. Any thread may.
 
@@ -233,10 +250,17 @@ class Journal:
         self._append_tried(records.SENT, hash, occurrence, 0)
         self._pending.append((records.SENT, slot, 0, 0, 0))
 
-    def failed(self, hash: bytes, occurrence: int, slot: int, in_doubt: bool) -> None:
-        """An attempt ended without settling its request."""
-        self._append_tried(records.FAILED, hash, occurrence, in_doubt)
-        self._pending.append((records.FAILED, slot, 0, 0, in_doubt))
+    def failed(
+        self, hash: bytes, occurrence: int, slot: int, in_doubt: bool, usage: Usage = NO_USAGE
+    ) -> None:
+        """An attempt ended without settling its request; ``usage`` is what it was billed for."""
+        used_at = 0
+        if usage == NO_USAGE:
+            self._append_tried(records.FAILED, hash, occurrence, in_doubt)
+        else:
+            used_at = self._end
+            self._append_whole(records.failed(hash, occurrence, in_doubt, usage, self._salt))
+        self._pending.append((records.FAILED, slot, 0, used_at, in_doubt))
 
     def settled(self, slot: int, outcome: Outcome) -> None:
         """Keep an outcome; without effect where an OK one is held. The occurrence is the slot's.
@@ -247,8 +271,7 @@ class Journal:
             return
         if self._failure is not None or self._fd < 0:
             self._refuse()
-        buffer = self._buffer
-        position = records.position_of(self._segment, self._size + len(buffer))
+        buffer, position = self._buffer, self._end
         buffer += records.outcome_start(outcome, self._table.occurrence(slot), self._salt)
         buffer += outcome.body
         held = records.held_by(outcome.kind == "ok", outcome.final)
@@ -265,16 +288,21 @@ class Journal:
         self._append(records.IMPORTED, publication.encode())
         self.imported.add(publication)
 
+    @property
+    def _end(self) -> int:
+        """The position of what is appended next."""
+        return records.position_of(self._segment, self._size + len(self._buffer))
+
     def _append_tried(self, kind: int, hash: bytes, occurrence: int, in_doubt: int) -> None:
-        if self._failure is not None or self._fd < 0:
-            self._refuse()
-        self._buffer += records.tried(kind, hash, occurrence, in_doubt, self._salt)
-        self._dirty = True
+        self._append_whole(records.tried(kind, hash, occurrence, in_doubt, self._salt))
 
     def _append(self, kind: int, payload: bytes) -> None:
+        self._append_whole(records.frame_of(kind, payload, self._salt))
+
+    def _append_whole(self, record: bytes) -> None:
         if self._failure is not None or self._fd < 0:
             self._refuse()
-        self._buffer += records.frame_of(kind, payload, self._salt)
+        self._buffer += record
         self._dirty = True
 
     def _refuse(self) -> NoReturn:
@@ -318,7 +346,7 @@ class Journal:
             elif kind == records.SENT:
                 table.sent(slot)
             elif kind == records.FAILED:
-                table.failed(slot, bool(in_doubt))
+                table.failed(slot, bool(in_doubt), position)
             elif kind == records.REOPEN:
                 table.reopened(slot)
 
@@ -427,6 +455,7 @@ class Journal:
             ends=ends_of(self._state, sizes),
             imported=sorted(self.imported),
             on_their_way=self._table.on_their_way,
+            used_at=self._table.used_at,
             slots=len(self._table),
         )
         write_table(self._state, self._table, covered)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from struct import Struct
 from struct import error as StructError
 from typing import BinaryIO
@@ -37,6 +37,7 @@ class Covered(msgspec.Struct):
     on_their_way: list[int]
     slots: int
     crc: int = 0
+    used_at: Mapping[int, Sequence[int]] = {}
 
 
 def write_table(state: StateDir, table: SlotTable, covered: Covered) -> None:
@@ -60,7 +61,7 @@ def read_table(state: StateDir, header: Header, segments: int) -> Contents | Non
                 return None
             if len(covered.sizes) > segments or not _are_there(state, covered):
                 return None
-            table = SlotTable.load(file, covered.slots, covered.on_their_way)
+            table = SlotTable.load(file, covered.slots, covered.on_their_way, covered.used_at)
     except (OSError, EOFError, ValueError, StructError, RecursionError, msgspec.MsgspecError):
         return None
     crc = 0
@@ -93,7 +94,8 @@ def _read_covered(file: BinaryIO) -> Covered | None:
     if size != _TABLE_HEAD.size + length + covered.slots * KEPT_BYTES:
         return None
     known = range(covered.slots)
-    return covered if all(slot in known for slot in covered.on_their_way) else None
+    named = (*covered.on_their_way, *covered.used_at)
+    return covered if all(slot in known for slot in named) else None
 
 
 def _are_there(state: StateDir, covered: Covered) -> bool:

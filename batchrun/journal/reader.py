@@ -12,7 +12,7 @@ from batchrun.journal import records
 from batchrun.journal.recovery import damaged, misplaced
 from batchrun.journal.slots import Held, SlotTable
 from batchrun.journal.state import StateDir
-from batchrun.types import Outcome
+from batchrun.types import Outcome, Usage
 
 _LONGEST = 1 << 33  # more than any length field says
 # Holds a usual record whole, so that reading one is one system call.
@@ -53,6 +53,18 @@ class Reader:
             raise io_error(self._state.segment(segment), "read", exc) from exc
         self._check_theirs((slot,), (outcome,))
         return outcome
+
+    def usage(self, position: int) -> Usage:
+        """What an attempt told of tokens, in the record there. JournalDamaged when it is not."""
+        segment, offset = divmod(position, 1 << records.OFFSET_BITS)
+        try:
+            frame = os.pread(self._descriptor(segment), records.FAILED_BYTES, offset)
+        except OSError as exc:
+            raise io_error(self._state.segment(segment), "read", exc) from exc
+        usage = records.usage_at(frame, self._salt_of(segment))
+        if usage is None:
+            raise damaged(self._state.segment(segment), offset)
+        return usage
 
     def read_all(self, slots: Sequence[int]) -> list[Outcome | None]:
         """The outcomes of several slots, in their order; None for a NEW one.

@@ -6,7 +6,8 @@ A record is a frame:
 
 * HEADER    first frame of the first segment, JSON; durable before the file has its name
 * SENT      hash, occurrence: an attempt is about to begin
-* FAILED    hash, occurrence, in doubt?: it ended, and the request is not settled
+* FAILED    hash, occurrence, in doubt?: it ended, and the request is not settled; then the tokens
+            it used, if it told any
 * OUTCOME   numbers, a small JSON, then the endpoint's bytes as they came
 * REOPEN    hash, occurrence: a settled failure counts as never settled
 * IMPORTED  the run id of a published output whose answers were taken over
@@ -30,7 +31,7 @@ import msgspec
 from msgspec.structs import astuple, replace
 
 from batchrun.journal.slots import BEGAN, ENDED, ENDED_IN_DOUBT, REOPENED, Event, Held
-from batchrun.types import Outcome, OutcomeKind, Usage
+from batchrun.types import NO_USAGE, Outcome, OutcomeKind, Usage
 
 HEADER, SENT, FAILED, OUTCOME, REOPEN, IMPORTED, SYNC, SEALED, FILLER = range(1, 10)
 # Not UTF-8, so no JSON that an endpoint sends holds it by chance.
@@ -41,6 +42,8 @@ CRC_END = _PREFIX.size  # what the checksum covers begins here, with the type
 BODY_AT = FRAME.size
 _TRIED = Struct("<B16sIB")  # with the type in front: SENT, FAILED and REOPEN are built in one go
 POSITION = Struct("<Q")
+_USED = Struct("<5q")
+FAILED_BYTES = CRC_END + _TRIED.size + _USED.size  # with what was used
 _TYPED_NUMBERS = Struct("<B16sIBBHIIqdd5qI")  # the last is the length of the JSON after it
 _KEPT = Struct("<4sIIB16sIBBHIIqdd5qI")  # with all of the frame in front
 # A frame and what replaying needs of an OUTCOME: hash in two words, occurrence, kind, flags, in
@@ -100,6 +103,27 @@ def tried(kind: int, hash_: bytes, occurrence: int, in_doubt: int, salt: int) ->
     """A whole SENT, FAILED or REOPEN."""
     covered = _TRIED.pack(kind, hash_, occurrence, in_doubt)
     return _PREFIX.pack(MAGIC, len(covered), crc32(covered, salt)) + covered
+
+
+def failed(hash_: bytes, occurrence: int, in_doubt: int, usage: Usage, salt: int) -> bytes:
+    """A whole FAILED with what the attempt used."""
+    known = usage if all(map(_is_storable, astuple(usage))) else NO_USAGE
+    used = _USED.pack(*(_UNKNOWN if n is None else n for n in astuple(known)))
+    covered = _TRIED.pack(FAILED, hash_, occurrence, in_doubt) + used
+    return _PREFIX.pack(MAGIC, len(covered), crc32(covered, salt)) + covered
+
+
+def _is_storable(tokens: int | None) -> bool:
+    return tokens is None or 0 <= tokens <= _MOST_TOKENS
+
+
+def usage_at(frame: bytes, salt: int) -> Usage | None:
+    """What the FAILED that a block begins with tells of tokens; None when none lies whole there."""
+    end = frame_end(frame, 0, len(frame))
+    if end != FAILED_BYTES or not is_whole(frame, 0, end, salt):
+        return None
+    numbers = _USED.unpack_from(frame, CRC_END + _TRIED.size)
+    return Usage(*(None if n == _UNKNOWN else n for n in numbers))
 
 
 def outcome_start(outcome: Outcome, occurrence: int, salt: int) -> bytes:
@@ -173,7 +197,7 @@ def _storable(outcome: Outcome) -> Outcome:
         outcome,
         **texts,
         http_status=min(outcome.http_status or 0, 0xFFFF),
-        usage=Usage(*(n if n is not None and 0 <= n <= _MOST_TOKENS else None for n in counts)),
+        usage=Usage(*(n if _is_storable(n) else None for n in counts)),
     )
 
 
@@ -270,7 +294,8 @@ def parsed(block: bytes, salt: int, position: int) -> Parsed:
             add((BEGAN, low, high, occurrence, 0, 0))
         elif kind == FAILED:
             # Where an OUTCOME has its kind, a FAILED says whether it is in doubt.
-            add((ENDED_IN_DOUBT if number else ENDED, low, high, occurrence, 0, 0))
+            used_at = position + at if covered > _TRIED.size else 0
+            add((ENDED_IN_DOUBT if number else ENDED, low, high, occurrence, used_at, 0))
         elif kind == REOPEN:
             add((REOPENED, low, high, occurrence, 0, 0))
         else:

@@ -15,7 +15,7 @@ ends a search.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import islice
 from struct import Struct
@@ -37,7 +37,7 @@ MAX_IN_DOUBT = 255  # counts saturate: one byte a row, and retries in doubt are 
 # What else than a Held an Event tells of its request.
 BEGAN, ENDED, ENDED_IN_DOUBT, REOPENED = range(4, 8)
 # One of those, or the Held of an outcome kept; the hash as two words and the occurrence; and of an
-# outcome its position and attempts in doubt.
+# outcome its position and attempts in doubt; of an attempt that ended and told its tokens where.
 Event = tuple[int, int, int, int, int, int]
 _KEY = Struct("<QQ")
 _STRIDE = 0x9E3779B97F4A7C15  # odd, so a power-of-two table meets every place before repeating one
@@ -90,6 +90,7 @@ class SlotTable:
         self._used = 0
         self._counts = [0, 0, 0, 0]  # by Held, without NEW
         self._sent: set[int] = set()  # sent and not ended, while a journal is replayed
+        self._used_at: dict[int, list[int]] = {}
         self._index: array[int]
         self._mask: int
         self._clear_index(_SMALLEST)
@@ -255,6 +256,7 @@ class SlotTable:
             self._low, self._high, self._flags, self._position, self._in_doubt, self._counts,
             self._sent,
         )  # fmt: skip
+        used_at = self._used_at
         index, mask = self._index, self._mask
         for what, low, high, occurrence, position, in_doubt in events:
             # The probing of _lookup, in line: this runs twice for every answer there is.
@@ -275,6 +277,8 @@ class SlotTable:
             elif what < BEGAN and not flags[slot] & _HELD:
                 # What nearly every outcome is: the first of its request.
                 sent.discard(slot)
+                if used_at:
+                    used_at.pop(slot, None)
                 flags[slot] |= what
                 counts[what] += 1
                 kept_at[slot] = position
@@ -285,7 +289,7 @@ class SlotTable:
             elif what == REOPENED:
                 self.reopened(slot)
             else:
-                self.failed(slot, what == ENDED_IN_DOUBT)
+                self.failed(slot, what == ENDED_IN_DOUBT, position)
 
     def find(self, hash_: bytes, occurrence: int) -> int:
         """The slot of this request, made when there is none; so are those of lower occurrences."""
@@ -309,9 +313,11 @@ class SlotTable:
             self._add_doubt(slot)
         self._sent.add(slot)
 
-    def failed(self, slot: int, in_doubt: bool) -> None:
-        """An attempt ended and did not settle the request."""
+    def failed(self, slot: int, in_doubt: bool, used_at: int = 0) -> None:
+        """An attempt ended and did not settle the request; its tokens are told at a position."""
         self._sent.discard(slot)
+        if used_at:
+            self._used_at.setdefault(slot, []).append(used_at)
         if in_doubt:
             self._add_doubt(slot)
 
@@ -322,6 +328,8 @@ class SlotTable:
         """
         if self._sent:
             self._sent.discard(slot)
+        if self._used_at:
+            self._used_at.pop(slot, None)
         flags = self._flags[slot]
         before = flags & _HELD
         if before == Held.OK:
@@ -359,6 +367,11 @@ class SlotTable:
         """The slots that were sent and have not ended."""
         return list(self._sent)
 
+    @property
+    def used_at(self) -> Mapping[int, Sequence[int]]:
+        """Where attempts since the last outcome of a slot tell their tokens."""
+        return self._used_at
+
     def columns(self) -> list[memoryview]:
         """The table as bytes, for ``load``. The table stays as it is until they go."""
         flags = self._flags.translate(_UNCLAIM)
@@ -366,7 +379,13 @@ class SlotTable:
         return [memoryview(column)[: self._used].cast("B") for column in whole]
 
     @classmethod
-    def load(cls, file: BinaryIO, slots: int, on_their_way: Iterable[int]) -> SlotTable:
+    def load(
+        cls,
+        file: BinaryIO,
+        slots: int,
+        on_their_way: Iterable[int],
+        used_at: Mapping[int, Sequence[int]],
+    ) -> SlotTable:
         """The table whose columns these are; EOFError when the file is too short for them."""
         self = cls()
         for column in (self._low, self._high, self._position, self._number):
@@ -379,6 +398,7 @@ class SlotTable:
         held = self._flags.translate(_ONLY_HELD)
         self._counts = [0, *(held.count(each) for each in _ORDER)]
         self._sent.update(on_their_way)
+        self._used_at = {slot: list(positions) for slot, positions in used_at.items()}
         return self
 
     # ── the index ────────────────────────────────────────────────────────────────────────────────

@@ -125,7 +125,7 @@ class _ResultDesk:
         """Nothing is journaled here."""
 
     def failed(
-        self, request: Request, decision: Decision, *, again: bool
+        self, request: Request, attempt: Attempt, decision: Decision, *, again: bool
     ) -> EndpointRefused | None:
         return refusal(self._host, decision) if decision.kind == "fatal" else None
 

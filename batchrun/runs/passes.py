@@ -19,7 +19,7 @@ from batchrun.runs.sources import (
     check_unchanged,
     identified,
 )
-from batchrun.types import Outcome, Request
+from batchrun.types import NO_USAGE, Outcome, Request
 
 # A batch is large enough that handing it over costs nothing, small enough to flow.
 BATCH_BYTES = 4 * 2**20
@@ -56,7 +56,9 @@ def every(
     for source, batch in batches(plan.sources, plan.chosen):
         first, row_number = row_number, row_number + len(batch)
         slots = plan.slots[first:row_number]
-        for index in _places(slots, held, journal):
+        places = _places(slots, held, journal)
+        used = journal.used([slots[index] for index in places])
+        for index in places:
             slot = slots[index]
             row = first + index
             built = identified(source.builder, batch.rows[index])
@@ -75,6 +77,7 @@ def every(
                 model=built.model,
                 model_from_row=built.model_from_row,
                 in_doubt=in_doubt,
+                used=used.get(slot, NO_USAGE),
             )
 
 

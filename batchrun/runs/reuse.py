@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from batchrun import outputs
 from batchrun.config import RunConfig
 from batchrun.errors import UsageError
@@ -26,7 +28,11 @@ def reuse(config: RunConfig, book: Journal, check_stop: CheckStop) -> int:
     for path in _files(config):
         for outcomes in _wanted(path, book):
             check_stop()
-            taken += give(book, [each for each in outcomes if each.kind == "ok"])
+            # No attempt of this output's: its budget does not count what another paid.
+            taken += give(
+                book,
+                [replace(each, attempts=0, in_doubt=0) for each in outcomes if each.kind == "ok"],
+            )
     if taken:
         book.sync()
     return taken

@@ -64,12 +64,14 @@ def count_before(
         for request, outcome in zip(some, outcomes, strict=True):
             if journal.held(request.slot) in to_send:
                 check_bounded(request, config)
-            if outcome is not None:
-                _count(budget, outcome, request.body)
+            _count(budget, request, outcome)
             if (doubts := journal.in_doubt(request.slot)) > 0:
                 budget.doubted_before(request.body, doubts)
 
 
-def _count(budget: Budget, outcome: Outcome, body: bytes) -> None:
-    is_answer = outcome.kind in ("ok", "invalid_answer")
-    budget.spent_before(outcome.usage, body if is_answer else None)
+def _count(budget: Budget, request: Request, outcome: Outcome | None) -> None:
+    if outcome is None or outcome.kind not in ("ok", "invalid_answer"):
+        budget.spent_before(request.used, None)
+    elif outcome.attempts:  # else another output paid for it
+        used = outcome.usage if outcome.kind == "ok" else request.used
+        budget.spent_before(used, request.body)

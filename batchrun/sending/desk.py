@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from batchrun import chat
 from batchrun.errors import EndpointRefused
 from batchrun.journal import Held, Journal
@@ -11,7 +13,7 @@ from batchrun.money import Price
 from batchrun.sending.classify import NEXT_STEPS
 from batchrun.sending.tally import RunTally
 from batchrun.sending.typed import NOTHING_SPENT, Spent, nothing_spent
-from batchrun.types import NO_USAGE, Attempt, Decision, Outcome, Reply, Request, Tries
+from batchrun.types import NO_USAGE, Attempt, Decision, Outcome, Reply, Request, Tries, Usage
 
 # An endpoint's error page is kept for the record; beyond this it is somebody's web site.
 MAX_ERROR_BODY = 2**20
@@ -58,11 +60,10 @@ class JournalDesk:
         self._write()
 
     def failed(
-        self, request: Request, decision: Decision, *, again: bool
+        self, request: Request, attempt: Attempt, decision: Decision, *, again: bool
     ) -> EndpointRefused | None:
-        self._journal.failed(
-            request.hash, request.occurrence, request.slot, in_doubt=decision.in_doubt
-        )
+        in_doubt, usage = decision.in_doubt, _usage(attempt, decision)
+        self._journal.failed(request.hash, request.occurrence, request.slot, in_doubt, usage)
         self.tally.attempt_failed(decision, again=again)
         if decision.kind != "fatal":
             return None
@@ -73,8 +74,10 @@ class JournalDesk:
         self, request: Request, attempt: Attempt, decision: Decision, tries: Tries
     ) -> EndpointRefused | None:
         outcome = outcome_of(request, attempt, decision, tries, self._spent(request))
-        self._journal.settled(request.slot, outcome)
         self._unwritten.append((outcome, attempt.reply, request.row))
+        if request.used is not NO_USAGE:
+            outcome = replace(outcome, usage=request.used + outcome.usage)
+        self._journal.settled(request.slot, outcome)
         if decision.kind == "ok":
             self._ever_ok = True
             return None
@@ -129,12 +132,10 @@ def outcome_of(
     """What the journal keeps of a settled request."""
     kind = decision.kind
     assert kind != "fatal"
-    reply = attempt.reply
     body = attempt.body
     ok = kind == "ok"
     is_answer = ok or kind == "invalid_answer"
-    # Tokens that a broken answer mentions belong to an attempt in doubt, not to an answer.
-    usage = reply.usage if is_answer and reply is not None else NO_USAGE
+    usage = _usage(attempt, decision)
     if not is_answer and len(body) > MAX_ERROR_BODY:
         body = b""
     return Outcome(
@@ -155,6 +156,15 @@ def outcome_of(
         usage=usage if spent is NOTHING_SPENT else spent.usage + usage,
         body=body,
     )
+
+
+def _usage(attempt: Attempt, decision: Decision) -> Usage:
+    """What an answer was billed for.
+
+    Tokens that a broken one mentions belong to an attempt in doubt, not to an answer.
+    """
+    is_answer = decision.kind in ("ok", "invalid_answer")
+    return attempt.reply.usage if is_answer and attempt.reply is not None else NO_USAGE
 
 
 def _request_id(attempt: Attempt) -> str:

@@ -62,7 +62,9 @@ class Desk(Protocol):
     def sending(self, request: Request) -> None:
         """A first byte is about to leave. Returns when that is written."""
 
-    def failed(self, request: Request, decision: Decision, *, again: bool) -> BatchrunError | None:
+    def failed(
+        self, request: Request, attempt: Attempt, decision: Decision, *, again: bool
+    ) -> BatchrunError | None:
         """An attempt ended and its row is not settled: it is tried ``again``, or stays pending."""
 
     def settled(
@@ -324,7 +326,7 @@ class Pool:
         is_final = decision.kind in ("rejected", "invalid_answer") and not decision.again
         stays_pending = self.cause is not None and not is_final
         if decision.kind == "fatal" or stays_pending:
-            return self._desk.failed(request, decision, again=False)
+            return self._desk.failed(request, attempt, decision, again=False)
         others: Others = "before" if self._answered else "never"
         if self._answered_s > attempt.started_s:
             others = "now"
@@ -337,7 +339,7 @@ class Pool:
             return self._desk.settled(request, attempt, decision, verdict.tries)
         timer = self._loop.call_later(verdict.wait_s, self._guarded, self._unpark, request.row)
         self._parked[request.row] = _Parked(request, timer, verdict.tries.attempts, is_told)
-        return self._desk.failed(request, decision, again=True)
+        return self._desk.failed(request, attempt, decision, again=True)
 
     def _few_left(self) -> bool:
         few = max(FEW_LEFT, FEW_LEFT_SHARE * self._answered)

@@ -35,7 +35,7 @@ from batchrun.journal.recovery import create_first_segment
 from batchrun.journal.segments import Header, Recovery, Segment
 from batchrun.journal.slots import Held
 from batchrun.journal.state import StateDir
-from batchrun.types import Outcome, OutcomeKind, Usage
+from batchrun.types import NO_USAGE, Outcome, OutcomeKind, Usage
 
 if TYPE_CHECKING:
     from conftest import Spawn
@@ -288,6 +288,45 @@ def test_an_attempt_that_ended_is_in_doubt_only_if_its_end_says_so(state: Path) 
         journal.flush()
     with opened(state) as journal:
         assert journal.in_doubt(journal.claim(hash_of(0))) == 2
+
+
+def test_what_attempts_without_an_outcome_used_is_known_until_there_is_one(state: Path) -> None:
+    usage = Usage(10, 2, 12, None, 1)
+    for runs in (1, 2, 3):
+        with opened(state, segment_bytes=150) as journal:
+            slots = [journal.claim(hash_of(number)) for number in range(2)]
+            assert journal.used(slots) == ({} if runs == 1 else {slots[0]: times(usage, runs - 1)})
+            journal.sending(hash_of(0), 0, slots[0])
+            journal.failed(hash_of(0), 0, slots[0], in_doubt=False, usage=usage)
+            journal.flush()
+            assert journal.used(slots) == {slots[0]: times(usage, runs)}
+            assert journal.in_doubt(slots[0]) == 0
+    with opened(state) as journal:
+        slots = [journal.claim(hash_of(number)) for number in range(2)]
+        # An outcome has all of it; a failed one is replaced later, and gives it on.
+        failed = replace(outcome_of(0, "timeout", final=False), usage=times(usage, 3))
+        journal.settled(slots[0], failed)
+        journal.settled(slots[1], replace(outcome_of(1), usage=usage))
+        journal.flush()
+        assert journal.used(slots) == {slots[0]: times(usage, 3)}
+    with opened(state) as journal:
+        assert journal.used(slots) == {slots[0]: times(usage, 3)}
+        journal.settled(slots[0], outcome_of(0))
+        journal.flush()
+        assert journal.used(slots) == {}
+
+
+def times(usage: Usage, number: int) -> Usage:
+    return sum([usage] * number, start=NO_USAGE)
+
+
+def test_tokens_no_column_can_hold_are_not_reported(state: Path) -> None:
+    with opened(state) as journal:
+        slot = journal.claim(hash_of(0))
+        for usage in (Usage(1 << 63, 1), Usage(-5, 1), Usage(3, 4)):
+            journal.failed(hash_of(0), 0, slot, in_doubt=False, usage=usage)
+        journal.flush()
+        assert journal.used([slot]) == {slot: Usage(3, 4)}
 
 
 def test_a_reopened_row_keeps_the_attempts_that_may_have_been_billed(state: Path) -> None:
@@ -553,8 +592,8 @@ def known(state: Path) -> list[object]:
     outcomes = journal.read_all(slots)
     of_slots = [(journal.held(s), journal.in_doubt(s), journal.occurrence(s)) for s in slots]
     totals = [journal.count(held) for held in Held]
-    journal.close(remember=False)
-    return [of_slots, outcomes, totals, journal.imported, journal.attempts_in_doubt]
+    used = journal.used(slots)
+    return [of_slots, outcomes, totals, journal.imported, journal.attempts_in_doubt, used]
 
 
 def live(journal: Journal, first: int) -> None:
@@ -566,6 +605,7 @@ def live(journal: Journal, first: int) -> None:
     failed = settle(journal, first + 5, "timeout", final=False)
     again = settle(journal, first + 6, "rejected")
     journal.failed(hash_of(first + 5), 0, failed, in_doubt=True)
+    journal.failed(hash_of(first + 5), 0, failed, in_doubt=False, usage=Usage(7, 8))
     journal.reopen(again)
     journal.sending(hash_of(first + 7), 0, journal.claim(hash_of(first + 7)))
     journal.note_imported(f"run-before-{first}")

@@ -145,7 +145,9 @@ class Book:
     def sending(self, request: Request) -> None:
         self.sent.append(request.row)
 
-    def failed(self, request: Request, decision: Decision, *, again: bool) -> BatchrunError | None:
+    def failed(
+        self, request: Request, attempt: Attempt, decision: Decision, *, again: bool
+    ) -> BatchrunError | None:
         (self.again if again else self.pending).append(request.row)
         return None
 
@@ -716,9 +718,9 @@ def test_answers_that_come_while_draining_are_kept_and_failures_stay_pending() -
 def test_a_fatal_decision_settles_nothing() -> None:
     class Stopping(Book):
         def failed(
-            self, request: Request, decision: Decision, *, again: bool
+            self, request: Request, attempt: Attempt, decision: Decision, *, again: bool
         ) -> BatchrunError | None:
-            super().failed(request, decision, again=again)
+            super().failed(request, attempt, decision, again=again)
             return EndpointRefused("no")
 
     async def story() -> None:

@@ -42,7 +42,9 @@ class Doubts:
 
     def sending(self, request: Request) -> None: ...
 
-    def failed(self, request: Request, decision: Decision, *, again: bool) -> None: ...
+    def failed(
+        self, request: Request, attempt: Attempt, decision: Decision, *, again: bool
+    ) -> None: ...
 
     def settled(
         self, request: Request, attempt: Attempt, decision: Decision, tries: Tries

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import Ended, StartMock, StartRun, Submit
 from mock_servers import MockServerThread
@@ -213,3 +214,40 @@ def test_typed_answers_are_bound_too(mock: StartMock, submit: Submit) -> None:
     assert ended.code == 75
     billed = server.ledger.billed
     assert (billed.prompt_tokens or 0) + (billed.completion_tokens or 0) <= 40_000
+
+
+def test_answers_that_did_not_fit_are_paid_for_though_their_rows_go_on(
+    mock: StartMock, submit: Submit
+) -> None:
+    Path("schema.json").write_text(json.dumps({"type": "object", "required": ["a"]}))
+
+    def respond(request: MockRequest) -> MockReply:
+        usage = Usage(len(request.body) - 20, MOST)
+        return completion(request, content="not that", usage=usage)
+
+    server = mock(respond=respond)
+    write_rows(100)
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m", "--max-tokens", MOST, "-c", 32)
+    command = (*to, "--schema", "schema.json", "--schema-dialect", "prompt", "--json")
+    for _ in range(4):
+        assert submit(*command, "--token-budget", 20_000).code == 75
+        billed = server.ledger.billed
+        assert (billed.prompt_tokens or 0) + (billed.completion_tokens or 0) <= 20_000
+    ended = submit(*command)
+    assert ended.code == 3
+    # What earlier runs paid for a row is part of what it cost.
+    tokens = ended.summary["output_totals"]["tokens"]
+    billed = server.ledger.billed
+    assert (tokens["prompt"], tokens["completion"]) == (
+        billed.prompt_tokens,
+        billed.completion_tokens,
+    )
+    asked = server.ledger.requests
+    again = submit(*command, "--retry-failed", "--token-budget", 20_000)
+    assert again.code == 75
+    assert server.ledger.requests == asked
+    assert submit(*command, "--retry-failed").code == 3
+    assert server.ledger.requests == asked + 300
+    billed = server.ledger.billed
+    table = pq.read_table("in.results.parquet")
+    assert sum(table["prompt_tokens"].to_pylist()) == billed.prompt_tokens

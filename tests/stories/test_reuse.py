@@ -57,6 +57,20 @@ def test_each_answer_goes_to_one_row_and_only_to_an_equal_request(
     assert server.ledger.requests == 8
 
 
+def test_a_budget_does_not_count_what_another_output_paid(mock: StartMock, submit: Submit) -> None:
+    server = mock()
+    to = ("--base-url", server.url, "-m", "m", "--max-tokens", 10)
+    assert submit(write_rows("a.jsonl", range(50)), *to, "-o", "a.parquet").code == 0
+    more = (*to, "-o", "b.parquet", "--reuse", "a.parquet", "--token-budget", 300)
+    assert submit(write_rows("b.jsonl", range(52)), *more).code == 0
+    table = pq.read_table("b.parquet")
+    assert table["attempts"].to_pylist() == [0] * 50 + [1] * 2
+    # Nor does it later, when they come from the output itself.
+    assert submit(write_rows("b.jsonl", range(53)), *more[:-4], *more[-2:]).code == 0
+    assert server.ledger.requests == 53
+    assert submit(write_rows("b.jsonl", range(80)), *more).code == 75
+
+
 def test_what_cannot_be_reused_is_said(mock: StartMock, submit: Submit) -> None:
     server = mock()
     write_rows("in.jsonl", range(2))
