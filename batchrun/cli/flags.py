@@ -207,7 +207,7 @@ REQUEST = (
     _sent("--max-tokens", type=int, shows="not sent", help="Same as --param max_tokens=N."),
     _sent(
         "--shape",
-        type=click.Choice([shape for shape in get_args(Shape) if shape != "template"]),
+        type=click.Choice(SHAPES),
         shows="detected",
         help="What a row is.",
     ),

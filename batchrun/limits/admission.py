@@ -178,17 +178,15 @@ class Limits:
             wait = self._held_back(model, now)
             if wait > 0.0:
                 return wait
-        budget = self._budget
-        if budget is not None and not budget.fits(request):
-            return BUDGET_WAIT_S
         quota = model.quota
         if quota.is_known:
             wait = quota.wait(request, now)
             if wait > 0.0 and (wait := self._over_quota(model, wait, now)) > 0.0:
                 return wait
+        if self._budget is not None and not self._budget.takes(request):
+            return BUDGET_WAIT_S
+        if quota.is_known:
             quota.charge(request, now)
-        if budget is not None:
-            budget.leaves(request)
         self._take(request, model, now)
         return 0.0
 

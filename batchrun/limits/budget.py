@@ -54,6 +54,12 @@ def _bounds(body: bytes) -> _Bounds:
         return _Bounds()
 
 
+def longest_answer(body: bytes) -> int:
+    """Tokens of all its answers at most; 0 when they have no bound."""
+    bounds = _bounds(body)
+    return bounds.answer * max(1, bounds.n or 1)
+
+
 def unbounded(body: bytes) -> str | None:
     """Why no budget can bind a request, for people; None when it has a bound."""
     bounds = _bounds(body)
@@ -120,8 +126,8 @@ class Budget:
         """Count attempts that may have been billed and never told."""
         self._doubt(self.worst(body), attempts)
 
-    def fits(self, request: Request) -> bool:
-        """Whether it may leave now."""
+    def takes(self, request: Request) -> bool:
+        """Whether it may leave now; if so, its worst is reserved."""
         worst = self.worst(request.body)
         would = self._spent.plus(self._reserved).plus(worst)
         would = would.plus(self._beyond, len(self._flying) + 1)
@@ -130,13 +136,10 @@ class Budget:
         ):
             self._wanted = worst
             return False
-        return True
-
-    def leaves(self, request: Request) -> None:
-        worst = self.worst(request.body)
         self._flying[id(request)] = worst
         self._reserved = self._reserved.plus(worst)
         self._wanted = None
+        return True
 
     def came(self, request: Request, attempt: Attempt, decision: Decision) -> None:
         worst = self._landed(request)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -13,19 +11,24 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun import chat, inputs, outputs, process
-from batchrun.chat import Invalid
-from batchrun.config import STDIN, VERSION, RunConfig
+from batchrun import inputs, outputs, process
+from batchrun.config import STDIN, RunConfig
 from batchrun.console import Between, EstimateFacts
-from batchrun.journal import FORMAT, Header, Held, Journal, StateDir
-from batchrun.runs import place
+from batchrun.journal import Header, Held, Journal, StateDir
+from batchrun.money import Price
+from batchrun.runs import passes, place
 from batchrun.runs.asking import model_of, prompt_settings
-from batchrun.runs.sources import Source, batches, choose, identified, lay_out, never_stop, shapes
+from batchrun.runs.opening import header_of
+from batchrun.runs.plan import Plan, make_plan
+from batchrun.runs.reuse import reuse
+from batchrun.runs.sources import lay_out, never_stop, shapes
+from batchrun.runs.unused import Unused
+from batchrun.sending import longest_answer
 from batchrun.types import Outcome, Usage
 
 # What nobody has measured: English has some four bytes a token, Chinese two, code in between.
 _BYTES_A_TOKEN, _FEWEST_BYTES, _MOST_BYTES = 4.0, 2.0, 7.0
-_FRAME_BYTES = 60  # of a body around its texts
+_FRAME_BYTES, _FRAME_TOKENS = 60, 10  # of a body around its texts
 _USUAL_ANSWER = 256
 # Standard errors on either side of what was measured.
 _SIGMAS = 3.0
@@ -89,25 +92,22 @@ def estimate(config: RunConfig) -> EstimateFacts:
         files = inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
         sources = lay_out(files.files, prompt_settings(config), config)
         settings = config.request_settings(*shapes(sources)) | {"model": model_of(config)}
-        if config.price is None and output is not None:
+        state = StateDir(Path(directory, "state"))
+        if output is not None:
             state = place.state_of(config.output, config.state_dir)
-            config = replace(config, price=place.remembered_price(config, state))
-        header = Header(
-            format=FORMAT,
-            hash_version=chat.HASH_VERSION,
-            run_id=uuid.uuid4().hex,
-            created_at_ms=int(time.time() * 1000),
-            batchrun_version=VERSION,
-            settings=settings,
-            synthetic=config.mock,
-        )
+            if config.price is None:
+                config = replace(config, price=place.remembered_price(config, state))
+        header = header_of(config, settings)
         with closing(Journal.open(StateDir(Path(directory, "held")), header)) as book:
             for outcome in _held(config, header):
                 # What was said is not needed again, and may be large.
                 slim = msgspec.structs.replace(outcome, body=b"", message="")
                 book.settled(book.claim(outcome.hash), slim)
             book.flush()
-            found = _read(sources, config, book)
+            plan = make_plan(sources, config, book, never_stop)
+            Unused.of(config, state, synthetic=config.mock).take_back(book, never_stop)
+            reuse(config, book, never_stop)
+            found = _read(plan, config, book)
     return _facts(found, config)
 
 
@@ -133,28 +133,22 @@ def _held(config: RunConfig, header: Header) -> Iterator[Outcome]:
         yield from outputs.read_back(path)
 
 
-def _read(sources: list[Source], config: RunConfig, book: Journal) -> _Found:
-    found = _Found()
-    book.begin_pass()
-    for source, batch in batches(sources, choose(sources, config, never_stop)):
-        for row in batch.rows:
-            found.rows += 1
-            built = identified(source.builder, row)
-            if isinstance(built, Invalid):
-                found.bad += 1
-                continue
-            body = chat.encode(built.body)
-            slot = book.claim(built.hash)
-            held = book.held(slot)
-            if held is Held.OK:
-                found.answered += 1
-                _measure(found, len(body), book.read(slot))
-            elif held is Held.REJECTED and not config.retry_failed:
-                found.failed += 1
-            else:
-                found.to_send += 1
-                found.body_bytes += len(body)
-                _bound(found, built.body)
+def _read(plan: Plan, config: RunConfig, book: Journal) -> _Found:
+    found = _Found(rows=plan.counts.total, bad=plan.counts.invalid)
+    to_send = passes.to_send(config)
+    for request in passes.every(plan, book, config, tuple(Held)):
+        held = book.held(request.slot)
+        if held in to_send:
+            found.to_send += 1
+            found.body_bytes += len(request.body)
+            longest = longest_answer(request.body)
+            found.bounded += longest
+            found.unbounded += not longest
+        elif held is Held.OK:
+            found.answered += 1
+            _measure(found, len(request.body), book.read(request.slot))
+        else:
+            found.failed += 1
     return found
 
 
@@ -166,53 +160,51 @@ def _measure(found: _Found, body_bytes: int, outcome: Outcome) -> None:
         found.answers.add(1.0, usage.completion_tokens)
 
 
-def _bound(found: _Found, body: chat.Body) -> None:
-    most = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
-    numbers = [number for number in most if isinstance(number, int)]
-    found.bounded += max(numbers, default=0)
-    found.unbounded += not numbers
-
-
 def _facts(found: _Found, config: RunConfig) -> EstimateFacts:
-    measured = found.prompts.n
-    rows = found.to_send
-    if measured:
-        prompt = found.prompts.total(found.body_bytes, rows)
-        answer = found.answers.total(rows, rows)
-        answer = answer.at_most(found.bounded) if not found.unbounded else answer
-    else:
-        text = max(0, found.body_bytes - _FRAME_BYTES * rows)
-        prompt = Between(
-            text / _BYTES_A_TOKEN, text / _MOST_BYTES, text / _FEWEST_BYTES + 10 * rows
-        )
-        most = None if found.unbounded else float(found.bounded)
-        usual = float(_USUAL_ANSWER * rows)
-        answer = Between(usual if most is None else min(usual, most), float(rows), most)
-    cost = None
-    if (price := config.price) is not None:
-        high = None
-        if prompt.high is not None and answer.high is not None:
-            high = price.most_usd(math.ceil(prompt.high), math.ceil(answer.high))
-        of_prompt = price.input / 1e6
-        cheapest = min(price.input, price.input if price.cached is None else price.cached) / 1e6
-        of_answer = price.output / 1e6
-        cost = Between(
-            prompt.about * of_prompt + answer.about * of_answer,
-            prompt.low * cheapest + answer.low * of_answer,
-            high,
-        )
+    prompt, answer = _measured(found) if found.prompts.n else _guessed(found)
+    price = config.price
     return EstimateFacts(
         rows=found.rows,
         bad=found.bad,
         answered_before=found.answered,
         failed_before=found.failed,
-        to_send=rows,
-        measured=measured,
+        to_send=found.to_send,
+        measured=found.prompts.n,
         prompt_tokens=prompt,
         completion_tokens=answer,
-        cost_usd=cost,
+        cost_usd=None if price is None else _cost(price, prompt, answer),
         price=None if price is None else price.told(),
         seconds=_seconds(found, config, prompt.about + answer.about),
+    )
+
+
+def _measured(found: _Found) -> tuple[Between, Between]:
+    """Tokens of prompts and answers still to come, by those that are held."""
+    prompt = found.prompts.total(found.body_bytes, found.to_send)
+    answer = found.answers.total(found.to_send, found.to_send)
+    return prompt, answer if found.unbounded else answer.at_most(found.bounded)
+
+
+def _guessed(found: _Found) -> tuple[Between, Between]:
+    """The same where nothing is held that tells."""
+    rows = found.to_send
+    text = max(0, found.body_bytes - _FRAME_BYTES * rows)
+    most_prompt = text / _FEWEST_BYTES + _FRAME_TOKENS * rows
+    prompt = Between(text / _BYTES_A_TOKEN, text / _MOST_BYTES, most_prompt)
+    most = None if found.unbounded else float(found.bounded)
+    usual = float(_USUAL_ANSWER * rows)
+    return prompt, Between(usual if most is None else min(usual, most), float(rows), most)
+
+
+def _cost(price: Price, prompt: Between, answer: Between) -> Between:
+    high = None
+    if prompt.high is not None and answer.high is not None:
+        high = price.most_usd(math.ceil(prompt.high), math.ceil(answer.high))
+    cheapest = min(price.input, price.input if price.cached is None else price.cached)
+    return Between(
+        (prompt.about * price.input + answer.about * price.output) / 1e6,
+        (prompt.low * cheapest + answer.low * price.output) / 1e6,
+        high,
     )
 
 

@@ -173,7 +173,7 @@ def open_journal(begun: Begun, found: Found) -> Opened:
     set aside.
     """
     continues = begun.state.has_journal()
-    header = _header(begun, found)
+    header = header_of(begun.config, found.settings)
     book = Journal.open(begun.state, header)
     try:
         set_aside = None
@@ -200,15 +200,16 @@ def open_journal(begun: Begun, found: Found) -> Opened:
         raise
 
 
-def _header(begun: Begun, found: Found) -> Header:
+def header_of(config: RunConfig, settings: Mapping[str, JSONValue]) -> Header:
+    """Of a journal that begins now."""
     return Header(
         format=FORMAT,
         hash_version=chat.HASH_VERSION,
         run_id=uuid.uuid4().hex,
         created_at_ms=int(time.time() * 1000),
         batchrun_version=VERSION,
-        settings=found.settings,
-        synthetic=begun.config.mock,
+        settings=settings,
+        synthetic=config.mock,
     )
 
 

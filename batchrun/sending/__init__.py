@@ -1,6 +1,6 @@
 """N requests in flight: waits and retries decided, outcomes handed to whoever keeps them."""
 
-from batchrun.limits import NO_BOUND, Budget, unbounded
+from batchrun.limits import NO_BOUND, Budget, longest_answer, unbounded
 from batchrun.sending.deliver import Delivered, Job, deliver
 from batchrun.sending.desk import outcome_of, refusal
 from batchrun.sending.feed import Feed
@@ -22,6 +22,7 @@ __all__ = [
     "Totals",
     "asked",
     "deliver",
+    "longest_answer",
     "outcome_of",
     "refusal",
     "unbounded",

@@ -100,6 +100,27 @@ def test_what_an_unfinished_run_holds_is_not_paid_again(
     assert other["to_send"] == 200
 
 
+def test_answers_elsewhere_are_held_and_every_choice_is_bounded(
+    mock: StartMock, submit: Submit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(mock, capsys, rows=20)
+    assert submit(*job.command).code == 0
+    lines = Path("in.jsonl").read_text().splitlines(keepends=True)
+    Path("in.jsonl").write_text("".join(lines[:5]))
+    assert submit(*job.command).code == 0
+    Path("in.jsonl").write_text("".join(lines))
+    capsys.readouterr()
+    # Fifteen are set aside beside the output; another output has them all from elsewhere.
+    assert job.estimate()["to_send"] == 0
+    other = ("--base-url", job.server.url, "-m", "m", "-o", "new.parquet", "--max-tokens", MOST)
+    job.command = ("in.jsonl", *other, *PRICE)
+    assert job.estimate()["to_send"] == 20
+    assert job.estimate("--reuse", "out.*parquet")["to_send"] == 0
+    three = job.estimate("--param", "n=3")
+    assert three["completion_tokens"]["high"] == 20 * 3 * MOST
+    assert job.server.ledger.requests == 20
+
+
 def test_what_is_not_known_is_said(
     mock: StartMock, submit: Submit, capsys: pytest.CaptureFixture[str]
 ) -> None:
