@@ -73,7 +73,7 @@ class Prefixes:
             return []
         if ok:
             self._usual_s = max(self._usual_s * _FADE, now - lead.since)
-        return self._released(lead)
+        return self._released(lead, ok=ok)
 
     def overdue(self, now: float) -> list[Request]:
         """Those whose leader takes too long."""
@@ -82,7 +82,7 @@ class Prefixes:
         for identity, lead in list(self._leads.items()):
             if now - lead.since > patience_s:
                 del self._leads[identity]
-                released += self._released(lead)
+                released += self._released(lead, ok=True)  # nobody waits for it again
         return released
 
     def clear(self) -> None:
@@ -90,10 +90,13 @@ class Prefixes:
         self._aside.clear()
         self._rows = self._bytes = 0
 
-    def _released(self, lead: _Lead) -> list[Request]:
+    def _released(self, lead: _Lead, *, ok: bool) -> list[Request]:
+        """Its followers. After a failure the next new row leads; these have waited long enough."""
         released: list[Request] = []
         for key in lead.keys:
             released += self._aside.pop(key, ())
+            if not ok:
+                continue
             self._known[key] = None
             if len(self._known) > MOST_KNOWN:
                 self._known.popitem(last=False)

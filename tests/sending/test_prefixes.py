@@ -59,6 +59,9 @@ def test_whoever_fails_lets_its_followers_go() -> None:
     rows = [request(n, SYSTEM) for n in range(3)]
     assert [prefixes.may_go(row, 0.0) for row in rows] == [True, False, False]
     assert prefixes.ended(rows[0], 1.0, ok=False) == rows[1:]
+    # Nothing is cached yet: the next new row leads again.
+    assert prefixes.may_go(request(3, SYSTEM), 1.0)
+    assert not prefixes.may_go(request(4, SYSTEM), 1.0)
 
 
 def test_a_leader_that_takes_too_long_is_not_waited_for() -> None:
