@@ -31,14 +31,21 @@ def budget_of(config: RunConfig) -> Budget | None:
     """One of which nothing is spent yet; None where nothing binds."""
     if config.max_cost is None and config.token_budget is None:
         return None
-    schema_bytes = 0 if config.schema is None else 2 * len(msgspec.json.encode(config.schema))
     return Budget(
         tokens=config.token_budget,
         usd=config.max_cost,
         price=config.price,
-        more_prompt=0 if config.schema is None else schema_bytes + _WORDS_BYTES,
+        more_prompt=_added_bytes(config),
         repairs=config.schema is not None and config.max_schema_retries > 0,
     )
+
+
+def _added_bytes(config: RunConfig) -> int:
+    """What a body may get on its way: the schema, in some forms twice, and a longer model name."""
+    added = len(msgspec.json.encode(config.escalate or ""))
+    if config.schema is not None:
+        added += 2 * len(msgspec.json.encode(config.schema)) + _WORDS_BYTES
+    return added
 
 
 def check_bounded(request: Request, config: RunConfig) -> None:

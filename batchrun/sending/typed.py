@@ -127,7 +127,7 @@ class TypedAnswers:
         """While nobody knows whether the endpoint takes the form, one row asks for all."""
         if self._schema is None:
             return await self._send(self._prepared(request, None))
-        forms = self._forms.setdefault(request.model, _Forms(self._left, asyncio.Lock()))
+        forms = self._forms_of(request)
         if forms.is_proven or len(forms.left) < 2:
             return await self._send(self._prepared(request, forms.left[0]))
         async with forms.asking:
@@ -144,8 +144,8 @@ class TypedAnswers:
         decision = classify(attempt, request)
         row = self._rows.get(request.row)
         if decision.kind != "ok":
-            forms = self._forms.get(request.model)
-            if row is not None and row.dialect is not None and forms is not None:
+            if row is not None and row.dialect is not None:
+                forms = self._forms_of(request)
                 used, row.dialect = row.dialect, None
                 if self._step_down(forms, used, attempt, decision) or _was_refused(
                     used, forms, attempt, decision
@@ -157,6 +157,12 @@ class TypedAnswers:
             return OK
         row = self._rows.setdefault(request.row, _Row())
         return self._after(problem, row, attempt)
+
+    def _forms_of(self, request: Request) -> _Forms:
+        """Those of the model that is asked now, which may be the stronger one."""
+        row = self._rows.get(request.row)
+        model = row.model if row is not None and row.model else request.model
+        return self._forms.setdefault(model, _Forms(self._left, asyncio.Lock()))
 
     def spent(self, request: Request) -> Spent:
         """Forget a row that has its outcome."""

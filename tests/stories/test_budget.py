@@ -251,3 +251,19 @@ def test_answers_that_did_not_fit_are_paid_for_though_their_rows_go_on(
     billed = server.ledger.billed
     table = pq.read_table("in.results.parquet")
     assert sum(table["prompt_tokens"].to_pylist()) == billed.prompt_tokens
+
+
+def test_a_long_name_of_the_stronger_model_is_counted(mock: StartMock, submit: Submit) -> None:
+    strong = "strong-" + "x" * 400
+
+    def respond(request: MockRequest) -> MockReply:
+        content = "yes" if strong.encode() in request.body else ""
+        return completion(request, content=content, usage=Usage(len(request.body), MOST))
+
+    server = mock(respond=respond)
+    write_rows(100)
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m", "--max-tokens", MOST, "-c", 64)
+    ended = submit(*to, "--escalate", strong, "--token-budget", 20_000)
+    assert ended.code == 75
+    billed = server.ledger.billed
+    assert (billed.prompt_tokens or 0) + (billed.completion_tokens or 0) <= 20_000

@@ -195,6 +195,23 @@ def test_a_stronger_model_has_the_last_word(mock: StartMock, submit: Submit) -> 
     assert [len(body["messages"]) for body in strong] == [1] * 3
 
 
+def test_the_form_of_the_stronger_model_is_its_own(mock: StartMock, submit: Submit) -> None:
+    def say(body: dict[str, Any], _: int) -> MockReply | str:
+        if body["model"] != "strong":
+            return GOOD if "Question 1" in str(body) else "no idea"
+        if form_of(body) != "prompt":
+            return error_reply(400, "response_format is not supported by this model")
+        return GOOD
+
+    endpoint = Endpoint(mock, say)
+    write_rows(2)
+    options = ("--escalate", "strong", "--max-schema-retries", 0, "-c", 1)
+    assert submit(*endpoint.command, *options).code == 0
+    forms = [(body["model"], form_of(body)) for body in endpoint.bodies]
+    assert ("strong", "prompt") in forms
+    assert {form for model, form in forms if model == "m"} == {"json-schema"}
+
+
 def test_only_what_was_named_is_escalated(mock: StartMock, submit: Submit) -> None:
     endpoint = Endpoint(mock, lambda _body, _seen: "no idea")
     write_rows(1)
