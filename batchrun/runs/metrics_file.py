@@ -64,7 +64,7 @@ class MetricsFile:
         self._next_s = now_s + EVERY_S
         text = metrics_text(snapshot, self._labels, self._started_s, exit_code)
         # No collector takes a file of this name.
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.new")
+        temporary = self._path.with_name(f".{self._path.name}.new")
         with suppress(OSError):
             write_whole(self._path, temporary, text)
             self._path.chmod(0o644)  # collectors run as somebody else

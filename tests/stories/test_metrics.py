@@ -76,6 +76,15 @@ def test_a_collector_never_finds_half_a_file(mock: StartMock, running: StartRun)
         assert [path.name for path in Path().glob("*.prom")] in ([], ["run.prom"])
 
 
+def test_what_a_killed_run_left_beside_it_goes(submit: Submit) -> None:
+    write_rows(1)
+    Path(".run.prom.new").write_text("half")
+    assert submit("in.jsonl", "--mock", "--metrics-file", "run.prom").code == 0
+    assert sorted(path.name for path in Path().iterdir()) == [
+        *("in.jsonl", "in.mock.parquet", "run.prom"),
+    ]
+
+
 def test_a_file_of_another_program_stays(submit: Submit) -> None:
     write_rows(1)
     Path("node.prom").write_text("up 1\n")
