@@ -25,12 +25,14 @@ from batchrun.config import (
     Shape,
     default_output,
     output_format,
+    with_its_share,
 )
 from batchrun.console import Progress
 from batchrun.errors import NoKey, UsageError
 from batchrun.money import Price
 from batchrun.providers import resolve
 from batchrun.secret import Secret
+from batchrun.shards import Shard
 from batchrun.summary import RunSummary
 from batchrun.types import ArrowStream, Result
 
@@ -96,6 +98,7 @@ class Options(Where, total=False):
     sample: int | None
     seed: int
     samples: int
+    shard: Shard | None
     retry_failed: bool
     reuse: tuple[str, ...]
     overwrite: bool
@@ -173,13 +176,17 @@ def make_config(
     mock = bool(options.get("mock"))
     inputs = (os.fspath(input),) if isinstance(input, str | os.PathLike) else (STDIN,)
     name = default_output(inputs, mock=mock) if output is None else os.fspath(output)
+    if (shard := options.get("shard")) is not None:
+        name = shard.output(name)
     options.setdefault("model_replaces", options.get("model") is not None)
     options.setdefault("params_replacing", frozenset(options.get("params", ())))
     # The names that are left are fields: a test compares them.
     chosen: dict[str, Any] = {
         name: value for name, value in options.items() if name not in Where.__annotations__
     }
-    config = RunConfig(inputs=inputs, output=name, output_format=output_format(name), **chosen)
+    config = with_its_share(
+        RunConfig(inputs=inputs, output=name, output_format=output_format(name), **chosen)
+    )
     if mock:
         return config
     try:

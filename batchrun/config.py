@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -17,6 +17,7 @@ from batchrun.errors import UsageError
 from batchrun.money import Price
 from batchrun.providers import MOCK, Endpoint
 from batchrun.secret import Secret
+from batchrun.shards import Shard
 
 JSONValue: TypeAlias = (
     bool | int | float | str | Sequence["JSONValue"] | Mapping[str, "JSONValue"] | None
@@ -145,6 +146,7 @@ class RunConfig:
     sample: int | None = None  # so many rows at random
     seed: int = 0  # of that choice
     samples: int = 1  # each row is asked so many times
+    shard: Shard | None = None  # only this part; the output is that part's
     retry_failed: bool = False
     reuse: tuple[str, ...] = ()  # other outputs, whose answers count as held
     overwrite: bool = False
@@ -174,6 +176,11 @@ class RunConfig:
         _positive("--samples", self.samples)
         if self.sample is not None and self.limit is not None:
             raise UsageError("--sample and --limit both say which rows; choose one")
+        if self.shard is not None and (self.sample is not None or self.limit is not None):
+            other = "--limit" if self.sample is None else "--sample"
+            raise UsageError(f"--shard and {other} both say which rows; choose one")
+        if self.shard is not None and STDIN in self.inputs:
+            raise UsageError(f"--shard {self.shard}: every part reads the input; name a file")
         _positive("--deadline", self.deadline_s)
         _positive("--max-cost", self.max_cost)
         _positive("--token-budget", self.token_budget)
@@ -239,6 +246,8 @@ class RunConfig:
             more |= {"sample": self.sample, "seed": self.seed}
         if self.samples != 1:
             more["samples"] = self.samples
+        if self.shard is not None:
+            more["shard"] = str(self.shard)
         return {
             # Outputs of earlier versions know nothing of these.
             **more,
@@ -247,6 +256,20 @@ class RunConfig:
             "format": self.output_format,
             "limit": self.limit,
         }
+
+
+def with_its_share(config: RunConfig) -> RunConfig:
+    """Of a shard: with its share of what the user allows all of them together."""
+    if (shard := config.shard) is None:
+        return config
+    rpm, tpm, max_cost, budget = config.rpm, config.tpm, config.max_cost, config.token_budget
+    return replace(
+        config,
+        rpm=None if rpm is None else rpm / shard.of,
+        tpm=None if tpm is None else tpm / shard.of,
+        max_cost=None if max_cost is None else max_cost / shard.of,
+        token_budget=None if budget is None else budget // shard.of,
+    )
 
 
 def default_output(inputs: Sequence[str], *, mock: bool) -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -99,14 +100,20 @@ class Submit(Protocol):
 
 
 @pytest.fixture
-def submit(capsys: pytest.CaptureFixture[str]) -> Submit:
-    """``submit("a.jsonl", "-c", 4)`` as on the command line, in this process."""
+def cli(capsys: pytest.CaptureFixture[str]) -> Submit:
+    """``cli("merge", "a.parquet")``: any command, in this process."""
 
     def run(*args: object) -> Ended:
-        code = run_command(["submit", *map(str, args)])
-        return Ended(code, *capsys.readouterr())
+        return Ended(run_command([*map(str, args)]), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def submit(cli: Submit) -> Submit:
+    """``submit("a.jsonl", "-c", 4)`` as on the command line, in this process."""
+
+    return partial(cli, "submit")
 
 
 def _default_signals() -> None:

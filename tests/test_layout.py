@@ -25,7 +25,7 @@ PACKAGE = ROOT / "batchrun"
 # The modules at the top of the package: what travels between packages. They build on each other.
 VOCABULARY = {
     *("types", "summary", "errors", "config", "providers"),
-    *("secret", "shell", "terminal", "words", "durations", "money", "process", "files"),
+    *("secret", "shell", "terminal", "words", "durations", "money", "process", "files", "shards"),
 }
 # Which packages a package may import, besides the vocabulary: only through their doors.
 MAY_IMPORT: dict[str, set[str]] = {

@@ -20,7 +20,7 @@ from batchrun.cli.endings import Bug, of_the_machine
 from batchrun.cli.options import Given, Layer, build_config, key_variables, output_of
 from batchrun.cli.streams import NoStdout, print_bytes, say
 from batchrun.cli.values import parse_headers
-from batchrun.config import STDOUT, VERSION, RunConfig, output_format
+from batchrun.config import STDOUT, VERSION, Allowance, RunConfig, output_format
 from batchrun.console import Progress
 from batchrun.errors import EXIT_OK, BatchrunError, Locked, NoKey, UsageError
 from batchrun.process import interrupts_held
@@ -140,6 +140,17 @@ def collect(ctx: click.Context) -> int:
         return facts.exit_code
 
 
+def merge(ctx: click.Context) -> int:
+    with _given(ctx) as given:
+        with interrupts_held():
+            from batchrun.runs import merge
+
+        allowed = Allowance.parse(given.text("allow_failures") or "0")
+        facts = merge(str(given.text("merged")), allowed)
+        _tell(facts, console.merge_block(facts), given)
+        return facts.exit_code
+
+
 def models(ctx: click.Context) -> int:
     with _given(ctx) as given:
         with interrupts_held():
@@ -185,6 +196,7 @@ COMMANDS: Mapping[str, Callable[[click.Context], int]] = {
     "estimate": estimate,
     "status": status,
     "collect": collect,
+    "merge": merge,
     "models": models,
     "mock-server": mock_server,
 }

@@ -7,6 +7,7 @@ default: such a flag is one line here and one field there. The others are settle
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -39,6 +40,7 @@ from batchrun.config import (
 )
 from batchrun.money import Price
 from batchrun.providers import PROVIDERS
+from batchrun.shards import Shard
 
 ENV_PREFIX = "BATCHRUN_"
 
@@ -348,6 +350,14 @@ ROWS = (
     _sent("--sample", typed_only=True, type=int, metavar="N", help="Only N rows, at random."),
     _sent(
         "--seed", typed_only=True, type=int, help="Chooses which; a larger sample holds a smaller."
+    ),
+    _sent(
+        "--shard",
+        typed_only=True,
+        metavar="I/N|auto",
+        shows="all rows",
+        read=lambda text: Shard.parse(text, os.environ),
+        help="Only part I of N, with an Nth of the rates; `batchrun merge` joins the parts.",
     ),
     _failures(
         "--retry-failed", typed_only=True, is_flag=True, help="Also send rejected rows again."

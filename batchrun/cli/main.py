@@ -135,6 +135,27 @@ def collect(ctx: click.Context, /, **_: object) -> int:
     return _perform(ctx)
 
 
+_MERGED = click.Argument(["merged"], metavar="OUTPUT", type=click.Path())
+
+
+_ALLOWED = Option(
+    "--allow-failures",
+    heading="Failures",
+    field="",
+    typed_only=True,
+    metavar="N|P%",
+    shows="0",
+    help="So many failed rows still exit 0.",
+)
+
+
+@cli.command(epilog=_EPILOG, params=[_MERGED, _ALLOWED, JSON, CONFIG])
+@click.pass_context
+def merge(ctx: click.Context, /, **_: object) -> int:
+    """Make OUTPUT of the parts that submit --shard left beside it (exit 75: some are missing)."""
+    return _perform(ctx)
+
+
 @cli.command(epilog=_EPILOG, params=[*ENDPOINT, MOCK, JSON, CONFIG])
 @click.pass_context
 def models(ctx: click.Context, /, **_: object) -> int:

@@ -6,6 +6,7 @@ preset, default. The first three arrive here as a ``Given``; what follows is a f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -15,10 +16,18 @@ from typing import Any
 from batchrun import providers, shell
 from batchrun.cli.flags import ENV_PREFIX, SETTINGS
 from batchrun.cli.values import is_text, parse_headers, parse_param, strict_json
-from batchrun.config import STDOUT, JSONValue, RunConfig, default_output, output_format
+from batchrun.config import (
+    STDOUT,
+    JSONValue,
+    RunConfig,
+    default_output,
+    output_format,
+    with_its_share,
+)
 from batchrun.errors import UsageError
 from batchrun.providers import MOCK, PROVIDERS, Endpoint
 from batchrun.secret import Secret, hidden_in_url
+from batchrun.shards import Shard
 
 
 class Layer(IntEnum):
@@ -90,7 +99,7 @@ def build_config(given: Given, *, sends: bool = True) -> RunConfig:
         "headers": headers,
         "command": command_to_paste(given.argv),
     }
-    return RunConfig(**{**_one_by_one(given), **settled})
+    return with_its_share(RunConfig(**{**_one_by_one(given), **settled}))
 
 
 def output_of(given: Given) -> dict[str, Any]:
@@ -127,6 +136,9 @@ def _check_text(given: Given) -> None:
 
 def _settled_output(given: Given) -> str:
     output, inputs = given.text("output"), given.texts("inputs")
+    if (text := given.text("shard")) is not None:
+        whole = default_output(inputs, mock=given.flag("mock")) if output is None else output
+        output = Shard.parse(text, os.environ).output(whole)
     if output is None:
         return default_output(inputs, mock=given.flag("mock"))
     if output != STDOUT and any(

@@ -9,13 +9,14 @@ from batchrun.console.facts import (
     EstimateFacts,
     FileFacts,
     FinalFacts,
+    MergeFacts,
     StartFacts,
     StatusFacts,
     ValidateFacts,
     models_json,
     to_json,
 )
-from batchrun.console.found import collect_block, status_block, validate_block
+from batchrun.console.found import collect_block, merge_block, status_block, validate_block
 from batchrun.console.instead import error_summary, error_text, skipped_summary
 from batchrun.console.metrics import FIRST_LINE as METRICS_FIRST_LINE
 from batchrun.console.metrics import metrics_text
@@ -30,6 +31,7 @@ __all__ = [
     "EstimateFacts",
     "FileFacts",
     "FinalFacts",
+    "MergeFacts",
     "Progress",
     "Snapshot",
     "StartFacts",
@@ -41,6 +43,7 @@ __all__ = [
     "estimate_block",
     "final_block",
     "final_lines",
+    "merge_block",
     "metrics_text",
     "models_json",
     "next_steps",

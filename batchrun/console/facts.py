@@ -170,6 +170,23 @@ class CollectFacts(Struct, frozen=True, kw_only=True):
         return errors.EXIT_OK
 
 
+class MergeFacts(Struct, frozen=True, kw_only=True):
+    """What ``merge`` wrote, and from what."""
+
+    output: str
+    parts: list[str]
+    rows: RowCounts
+    size_bytes: int
+    synthetic: bool
+    errors: tuple[ErrorCount, ...]
+    tokens: TokenCounts
+    failed_too_many: bool
+
+    @property
+    def exit_code(self) -> int:
+        return errors.EXIT_ROWS_FAILED if self.failed_too_many else errors.EXIT_OK
+
+
 class FinalFacts(Struct, frozen=True, kw_only=True):
     """What the final block says beyond the summary."""
 

@@ -17,7 +17,7 @@ from batchrun.console.blocks import (
     some,
     with_exit_code,
 )
-from batchrun.console.facts import CollectFacts, FileFacts, StatusFacts, ValidateFacts
+from batchrun.console.facts import CollectFacts, FileFacts, MergeFacts, StatusFacts, ValidateFacts
 from batchrun.console.start import columns, shape
 from batchrun.summary import ErrorCount, RowCounts
 from batchrun.terminal import LABEL_WIDTH
@@ -152,10 +152,8 @@ def _finished_rows(rows: RowCounts, causes: Sequence[ErrorCount]) -> str:
     return f"{rows.ok:,} answered, {rows.error:,} failed" + (f" ({kinds})" if kinds else "")
 
 
-def collect_block(facts: CollectFacts) -> str:
-    partial = [] if facts.complete else ["partial"]
-    details = [*partial, *([size(facts.size_bytes)] if facts.size_bytes is not None else [])]
-    lines = labelled("collected", _status_rows(facts.rows))
+def _written(label: str, facts: CollectFacts | MergeFacts) -> list[str]:
+    lines = labelled(label, _status_rows(facts.rows))
     lines += causes(facts.errors, ())
     if facts.tokens is not None and (words := token_words(facts.tokens)) is not None:
         lines += labelled("tokens", words)
@@ -163,6 +161,20 @@ def collect_block(facts: CollectFacts) -> str:
             lines += labelled("cost", cost)
     if facts.synthetic:
         lines += labelled("note", "synthetic answers")
+    return lines
+
+
+def merge_block(facts: MergeFacts) -> str:
+    lines = _written("merged", facts)
+    lines += labelled("from", count(len(facts.parts), "part"))
+    lines += labelled("output", f"{facts.output} ({size(facts.size_bytes)})")
+    return "\n".join(lines)
+
+
+def collect_block(facts: CollectFacts) -> str:
+    partial = [] if facts.complete else ["partial"]
+    details = [*partial, *([size(facts.size_bytes)] if facts.size_bytes is not None else [])]
+    lines = _written("collected", facts)
     if facts.output != STDOUT:
         lines += labelled("output", facts.output + (f" ({', '.join(details)})" if details else ""))
     if facts.running:

@@ -16,6 +16,7 @@ from batchrun.config import CURRENT, STDIN, InputFormat, JSONValue, OutputFormat
 from batchrun.files import read_json, write_json
 from batchrun.journal.state import StateDir
 from batchrun.money import Price
+from batchrun.shards import Shard
 
 
 class Saved(Struct, frozen=True, kw_only=True):
@@ -44,6 +45,7 @@ class Saved(Struct, frozen=True, kw_only=True):
     sample: int | None = None
     seed: int = 0
     samples: int = 1
+    shard: Shard | None = None
     carry: list[str] | None = None
     response_body: bool = True
     price: Price | None = None
@@ -75,6 +77,7 @@ def save_config(state: StateDir, config: RunConfig, model: str | None, hosts: li
         sample=config.sample,
         seed=config.seed,
         samples=config.samples,
+        shard=config.shard,
         carry=None if config.carry is None else list(config.carry),
         response_body=config.response_body,
         price=config.price,
@@ -123,6 +126,7 @@ def restored(saved: Saved) -> RunConfig:
         sample=saved.sample,
         seed=saved.seed,
         samples=saved.samples,
+        shard=saved.shard,
         carry=None if saved.carry is None else tuple(saved.carry),
         response_body=saved.response_body,
         price=saved.price,

@@ -115,6 +115,7 @@ class LimitSettings(Struct, frozen=True):
     tpm: float | None = None
     max_wait_s: float = 600.0
     max_outage_s: float = 600.0
+    share: float = 1.0  # of a limit that the endpoint names: others of this run have the rest
 
 
 class Limits:
@@ -292,7 +293,7 @@ class Limits:
         if not self._models:
             self._window.begin(now)
         settings = self._settings
-        model = self._models[name] = Model(Quota(settings.rpm, settings.tpm, now))
+        model = self._models[name] = Model(Quota(settings.rpm, settings.tpm, now, settings.share))
         if settings.concurrency is None and settings.rpm is None:
             model.open_slowly()
         return model

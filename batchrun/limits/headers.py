@@ -31,6 +31,12 @@ class NamedQuota(NamedTuple):
             return self.tokens_left > PLENTY_LEFT * self.tokens_per_s * MINUTE_S
         return self.tokens_per_s is None and self.output_tokens_per_s is None
 
+    def shared(self, share: float) -> NamedQuota:
+        """What of it one of several clients may use."""
+        if share == 1.0:
+            return self
+        return NamedQuota(*(None if each is None else each * share for each in self))
+
 
 class _Names(NamedTuple):
     limit: str

@@ -56,6 +56,7 @@ class Quota:
         "_flag_tokens",
         "_looks",
         "_met_at",
+        "_ours",
         "_refused_after",
         "_refused_at",
         "_requests",
@@ -72,7 +73,10 @@ class Quota:
         "reserved",
     )
 
-    def __init__(self, rpm: float | None, tpm: float | None, now: float) -> None:
+    def __init__(
+        self, rpm: float | None, tpm: float | None, now: float, share: float = 1.0
+    ) -> None:
+        self._ours = share  # of what the headers say
         self.admitted = 0
         self.look_at = 0.0  # from when on the headers of an answer are worth reading
         self.reserved: dict[int, float] = {}  # id(request) -> tokens
@@ -157,7 +161,7 @@ class Quota:
         refused: bool = False,
     ) -> float | None:
         """Take over what an answer's headers say; the requests a second that are news in them."""
-        named = quota_named(headers)
+        named = quota_named(headers).shared(self._ours)
         if named.requests_per_s == self._untrue:
             named = named._replace(requests_per_s=None, requests_left=None)
         tokens_per_s = self._tokens_per_s(named)

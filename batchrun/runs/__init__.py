@@ -4,6 +4,7 @@ from batchrun.runs.asking import models
 from batchrun.runs.collect import collect, read
 from batchrun.runs.complete import complete
 from batchrun.runs.estimate import estimate
+from batchrun.runs.merge import merge
 from batchrun.runs.status import status
 from batchrun.runs.submit import run
 from batchrun.runs.validate import look, validate
@@ -13,6 +14,7 @@ __all__ = [
     "complete",
     "estimate",
     "look",
+    "merge",
     "models",
     "read",
     "run",

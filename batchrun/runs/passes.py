@@ -109,7 +109,8 @@ def slices(
         if row_number > len(plan.slots):
             raise changed(source.file)
         slots = plan.slots[first:row_number]
-        custom_ids = _custom_ids(batch.rows, first, plan.chosen.samples)
+        samples, before = plan.chosen.samples, plan.chosen.numbered_from
+        custom_ids = _custom_ids(batch.rows, first + before * samples, samples)
         outcomes = _outcomes(source, batch, slots, journal)
         yield Slice(batch.carried, custom_ids, Places(source.file.name, batch.lines), outcomes)
     check_unchanged(plan.sources)

@@ -15,6 +15,7 @@ from batchrun.errors import UsageError
 from batchrun.journal import Journal
 from batchrun.runs.sources import CheckStop
 from batchrun.runs.unused import SLICE_ROWS, give
+from batchrun.shards import parts_of, whole_of
 from batchrun.types import Outcome
 
 
@@ -25,7 +26,7 @@ def reuse(config: RunConfig, book: Journal, check_stop: CheckStop) -> int:
     are wanted. The files stay as they are.
     """
     taken = 0
-    for path in _files(config):
+    for path in [*_other_parts(config), *_files(config)]:
         for outcomes in _wanted(path, book):
             check_stop()
             # No attempt of this output's: its budget does not count what another paid.
@@ -36,6 +37,25 @@ def reuse(config: RunConfig, book: Journal, check_stop: CheckStop) -> int:
     if taken:
         book.sync()
     return taken
+
+
+def _other_parts(config: RunConfig) -> list[Path]:
+    """Where answers to rows of this shard may be that was divided otherwise before, or not at all.
+
+    Other parts of this division have rows of their own, but for those that an edit moved.
+    """
+    if config.shard is None:
+        return []
+    part = Path(config.output)
+    whole = whole_of(part)
+    others = [path for shard, path in parts_of(whole).items() if shard.of != config.shard.of]
+    moved = part.parent.glob(f"{glob.escape(whole.stem)}.shard-*.unused.parquet")
+    found = []
+    for path in [whole, *others, *sorted(moved)]:
+        footer = outputs.recognise(path) if path.is_file() else None
+        if footer is not None and footer.synthetic is config.mock:
+            found.append(path)
+    return found
 
 
 def _files(config: RunConfig) -> list[Path]:

@@ -58,6 +58,7 @@ class Chosen(NamedTuple):
 
     limit: int | None = None  # so many from the beginning
     sample: Sequence[int] | None = None  # these, 0-based over all sources, ascending
+    numbered_from: int = 0  # the number of its first row before all else
     samples: int = 1  # each of them so many times, one after another
 
 
@@ -65,12 +66,16 @@ EVERY_ROW: Final = Chosen()
 
 
 def choose(sources: Sequence[Source], config: RunConfig, check_stop: CheckStop) -> Chosen:
-    """The first rows, or a random sample: with the same seed a larger one holds the smaller."""
-    if config.sample is None:
+    """The first rows, a part, or a sample: with the same seed a larger one holds the smaller."""
+    if config.sample is None and config.shard is None:
         return Chosen(config.limit, samples=config.samples)
     nothing: Collection[str] = ()
     reading = batches(sources, EVERY_ROW, check_stop, columns=lambda _: nothing)
     total = sum(len(batch) for _, batch in reading)
+    if config.shard is not None:
+        part = config.shard.rows(total)
+        return Chosen(sample=part, numbered_from=part.start, samples=config.samples)
+    assert config.sample is not None
     drawn = heapq.nsmallest(config.sample, range(total), partial(_lot, config.seed))
     return Chosen(sample=array("Q", sorted(drawn)), samples=config.samples)
 

@@ -104,6 +104,7 @@ class Sender:
             tpm=config.tpm,
             max_wait_s=config.max_wait_s,
             max_outage_s=config.max_outage_s,
+            share=1.0 if config.shard is None else 1.0 / config.shard.of,
         )
         self.limits = Limits(settings, host=endpoint.host, budget=budget, on_change=talk.detail)
         self.feed = Feed()

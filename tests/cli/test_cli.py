@@ -139,6 +139,7 @@ def test_every_option_of_submit_is_a_field_and_has_its_own_variable() -> None:
     talk = {"quiet", "verbose", "json", "log_file"}
     fields = {option.name for option in SETTINGS} | settled | talk
     flags_only = {
+        "shard",
         "limit",
         "reuse",
         "sample",
