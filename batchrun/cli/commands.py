@@ -20,8 +20,9 @@ from batchrun.cli.endings import Bug, of_the_machine
 from batchrun.cli.options import Given, Layer, build_config, key_variables, output_of
 from batchrun.cli.streams import NoStdout, print_bytes, say
 from batchrun.cli.values import parse_headers
+from batchrun.cli.watch import watch
 from batchrun.config import STDOUT, VERSION, Allowance, RunConfig, output_format
-from batchrun.console import Progress
+from batchrun.console import Progress, StatusFacts
 from batchrun.errors import EXIT_OK, BatchrunError, Locked, NoKey, UsageError
 from batchrun.process import interrupts_held
 from batchrun.secret import Scrubber, Secret
@@ -120,9 +121,26 @@ def status(ctx: click.Context) -> int:
         with interrupts_held():
             from batchrun.runs import status
 
-        facts = status(str(given.text("output")), given.path("state"))
-        _tell(facts, console.status_block(facts), given)
-        return facts.exit_code
+        outputs = given.texts("outputs")
+        if given.path("state") is not None and outputs[1:]:
+            raise UsageError("--state is that of one run; name one OUTPUT")
+
+        def look() -> list[StatusFacts]:
+            return [status(output, given.path("state")) for output in outputs]
+
+        found = look()
+        if given.flag("watch"):
+            if given.flag("json"):
+                raise UsageError("--watch is for people, --json for programs; choose one")
+            found = watch(look)
+        for facts in found:
+            name = f"{facts.output}\n" if found[1:] else ""
+            _tell(facts, name + console.status_block(facts), given)
+        # What goes on counts most, and then what has to be continued.
+        states = {facts.state: facts.exit_code for facts in found}
+        return next(
+            states[state] for state in ("running", "stopped", "finished") if state in states
+        )
 
 
 def collect(ctx: click.Context) -> int:

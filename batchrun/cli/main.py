@@ -104,10 +104,20 @@ def estimate(ctx: click.Context, /, **_: object) -> int:
     return _perform(ctx)
 
 
-_RUN_OF = click.Argument(["output"], type=click.Path())
+_RUNS_OF = click.Argument(
+    ["outputs"], metavar="OUTPUT...", nargs=-1, required=True, type=click.Path()
+)
+_WATCH = Option(
+    "--watch",
+    heading="Talk",
+    field="",
+    typed_only=True,
+    is_flag=True,
+    help="Look again every second, until all have ended.",
+)
 
 
-@cli.command(epilog=_EPILOG, params=[_RUN_OF, STATE, JSON, CONFIG])
+@cli.command(epilog=_EPILOG, params=[_RUNS_OF, _WATCH, STATE, JSON, CONFIG])
 @click.pass_context
 def status(ctx: click.Context, /, **_: object) -> int:
     """Say where the run of OUTPUT stands (exit 0 finished, 75 resumable, 11 running)."""

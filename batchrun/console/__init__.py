@@ -16,7 +16,7 @@ from batchrun.console.facts import (
     models_json,
     to_json,
 )
-from batchrun.console.found import collect_block, merge_block, status_block, validate_block
+from batchrun.console.found import collect_block, merge_block, status_block, validate_block, watched
 from batchrun.console.instead import error_summary, error_text, skipped_summary
 from batchrun.console.metrics import FIRST_LINE as METRICS_FIRST_LINE
 from batchrun.console.metrics import metrics_text
@@ -53,4 +53,5 @@ __all__ = [
     "status_block",
     "to_json",
     "validate_block",
+    "watched",
 ]

@@ -77,6 +77,22 @@ def status_block(facts: StatusFacts) -> str:
     return "\n".join(blocks[facts.state](facts))
 
 
+def watched(found: Sequence[StatusFacts]) -> str:
+    """One run as ``status`` shows it, several as a line each."""
+    if len(found) == 1:
+        return status_block(found[0])
+    width = max((len(facts.output) for facts in found), default=0)
+    lines = []
+    for facts in found:
+        speed = ""
+        if facts.state == "running" and facts.rows_per_s is not None:
+            speed = f"; {_speed_words(facts, facts.rows_per_s)}"
+        lines.append(
+            f"{facts.output:<{width}}  {facts.state:<8}  {_status_rows(facts.rows)}{speed}"
+        )
+    return "\n".join(lines)
+
+
 def _running(facts: StatusFacts) -> list[str]:
     who = f"pid {facts.pid}" if facts.pid else "another process"
     if facts.host:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +18,11 @@ import pytest
 from mock_servers import MockServerThread
 
 from batchrun.cli.main import run_command
+from batchrun.cli.watch import watch
+from batchrun.console import StatusFacts
 from batchrun.mock.knobs import Knobs
 from batchrun.mock.replies import MockReply, MockRequest
+from batchrun.runs import status
 
 if TYPE_CHECKING:
     from conftest import StartRun
@@ -121,6 +128,87 @@ def test_status_and_collect_while_another_process_runs(
     assert stopped.code == 75
     assert "6 of 10 answered, 0 failed, 4 waiting" in stopped.err
     assert "batchrun submit in.jsonl" in stopped.err
+
+
+def test_watch_shows_a_run_until_it_has_ended(
+    batchrun: Command,
+    mock: StartMock,
+    running: StartRun,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    halfway = Halfway(mock, answered=6)
+    write_rows(10)
+    to = ("--base-url", halfway.server.url, "-m", "m", "-c", 2, "--drain", 0)
+    with running("in.jsonl", *to) as process:
+        assert halfway.reached.wait(WAIT_S)
+        looks: list[str] = []
+
+        def look() -> list[StatusFacts]:
+            if looks:
+                process.terminate()
+                process.wait()
+            found = status("in.results.parquet")
+            looks.append(found.state)
+            return [found]
+
+        assert [each.state for each in watch(look, every_s=0.0)] == ["stopped"]
+    assert looks == ["running", "stopped"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"running   pid {process.pid}")
+    assert said.count("answered") == 1
+    ended = batchrun("status", "--watch", "in.results.parquet")
+    assert ended.code == 75
+    assert ended.err.count("6 of 10 answered") == 1
+
+
+def test_watch_draws_over_its_lines_and_ends_at_ctrl_c(
+    batchrun: Command, mock: StartMock, running: StartRun
+) -> None:
+    halfway = Halfway(mock, answered=6)
+    write_rows(10)
+    assert batchrun("submit", "in.jsonl", "--mock", "-o", "done.parquet").code == 0
+    with running("in.jsonl", "--base-url", halfway.server.url, "-m", "m", "-c", 2):
+        assert halfway.reached.wait(WAIT_S)
+        ours, theirs = pty.openpty()
+        command = ("status", "--watch", "done.parquet", "in.results.parquet")
+        with (
+            os.fdopen(ours, "rb", buffering=0) as terminal,
+            subprocess.Popen(
+                [sys.executable, "-m", "batchrun", *command],
+                stderr=theirs,
+                env={**os.environ, "TERM": "xterm"},
+                # Under nohup it would be ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            ) as watching,
+        ):
+            os.close(theirs)
+            drawn = b""
+            while b"\x1b[2A" not in drawn:
+                drawn += terminal.read(4_096)
+            watching.send_signal(signal.SIGINT)
+            assert watching.wait(WAIT_S) == 130
+    first = drawn.partition(b"\x1b[2A")[0].decode()
+    assert "done.parquet        finished  10 of 10 answered" in first
+    assert "in.results.parquet  running " in first
+
+
+def test_status_of_several_runs_ends_as_the_one_that_needs_somebody(batchrun: Command) -> None:
+    write_rows(3)
+    for name in ("a.parquet", "b.parquet"):
+        assert batchrun("submit", "in.jsonl", "--mock", "-o", name).code == 0
+    both = batchrun("status", "a.parquet", "b.parquet")
+    assert both.code == 0
+    assert [line for line in both.err.splitlines() if line.endswith(".parquet")] == [
+        "a.parquet",
+        "b.parquet",
+    ]
+    told = batchrun("status", "a.parquet", "b.parquet", "--json")
+    assert [json.loads(line)["output"] for line in told.out.splitlines()] == [
+        "a.parquet",
+        "b.parquet",
+    ]
+    assert batchrun("status", "a.parquet", "--watch", "--json").code == 2
+    assert batchrun("status", "a.parquet", "b.parquet", "--state", "x").code == 2
 
 
 def test_status_of_a_stopped_run_counts_as_the_run_did(
