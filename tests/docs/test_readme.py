@@ -38,7 +38,7 @@ from batchrun.cli.flags import settable
 from batchrun.cli.main import cli
 from batchrun.cli.options import Given, build_config
 from batchrun.config import RunConfig
-from batchrun.console.facts import CollectFacts, StatusFacts, ValidateFacts
+from batchrun.console.facts import CollectFacts, MergeFacts, StatusFacts, ValidateFacts
 from batchrun.journal.lock import locked
 from batchrun.journal.state import StateDir
 from batchrun.mock.knobs import Knobs
@@ -483,8 +483,9 @@ def test_the_objects_of_the_other_commands_are_told(checkout: Path) -> None:
         command.strip("`"): set(re.findall(r"`([a-z_]+)`", re.sub(r"\(.*?\)", "", names)))
         for command, names in table("json: others")
     }
+    submit = "batchrun submit sample_inputs/prompts.jsonl --mock -q -o a.parquet"
     subprocess.run(
-        ["sh", "-c", "batchrun submit sample_inputs/prompts.jsonl --mock -q -o a.parquet"],
+        ["sh", "-c", " && ".join(f"{submit} {options}" for options in ("", "--shard 1/1"))],
         cwd=checkout,
         check=True,
         timeout=LONGEST_S,
@@ -494,6 +495,7 @@ def test_the_objects_of_the_other_commands_are_told(checkout: Path) -> None:
         for line in (
             "status a.parquet",
             "collect a.parquet -o b.parquet",
+            "merge a.parquet",
             "validate sample_inputs/mistakes.jsonl",
             f"models --base-url {server.url}",
         ):
@@ -508,6 +510,7 @@ def test_the_objects_of_the_other_commands_are_told(checkout: Path) -> None:
     structs: dict[str, type[msgspec.Struct]] = {
         "status": StatusFacts,
         "collect": CollectFacts,
+        "merge": MergeFacts,
         "validate": ValidateFacts,
     }
     for command, facts in structs.items():
