@@ -15,8 +15,9 @@ from typing import Any
 
 from batchrun import providers, shell
 from batchrun.cli.flags import ENV_PREFIX, SETTINGS
-from batchrun.cli.values import is_text, parse_headers, parse_param, strict_json
+from batchrun.cli.values import FROM_STDIN, is_text, parse_headers, parse_param, strict_json
 from batchrun.config import (
+    STDIN,
     STDOUT,
     JSONValue,
     RunConfig,
@@ -80,6 +81,7 @@ def build_config(given: Given, *, sends: bool = True) -> RunConfig:
     Without ``sends`` no key is demanded or read, and several inputs need no output.
     """
     _check_text(given)
+    _check_stdin(given)
     output = _settled_output(given) if sends else STDOUT
     if sends and given.flag("json") and output == STDOUT:
         raise UsageError("--json and -o - both write to stdout; choose one")
@@ -122,6 +124,8 @@ def _one_by_one(given: Given) -> dict[str, Any]:
     }
 
 
+_TEXTS = ("prompt", "messages", "schema")
+
 # A file may be called by any bytes; a request holds text.
 _PATHS = frozenset({"inputs", "output", "state", "api_key_file", "log_file"})
 
@@ -132,6 +136,16 @@ def _check_text(given: Given) -> None:
             if isinstance(text, str) and name not in _PATHS and not is_text(text):
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag}: holds bytes that are not UTF-8 text; convert it first")
+
+
+def _check_stdin(given: Given) -> None:
+    """It is read once: as the rows, or as one text."""
+    readers = [name for name in _TEXTS if given.text(name) == FROM_STDIN]
+    if STDIN in given.texts("inputs"):
+        readers.append("inputs")
+    if readers[1:]:
+        flag, other = (f"--{name}" if name != "inputs" else "the input -" for name in readers[:2])
+        raise UsageError(f"{flag} {FROM_STDIN}: {other} reads standard input too; name a file")
 
 
 def _settled_output(given: Given) -> str:

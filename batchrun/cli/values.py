@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -158,12 +159,18 @@ def _finite(text: str) -> float:
 _TEMPLATE_LIMIT = 10_000_000
 
 
+FROM_STDIN = "@-"
+
+
 def text_or_file(text: str, option: str = "-p") -> str:
-    """``TEXT``, or what ``@FILE`` holds but for a byte order mark and the last line's end."""
+    """``TEXT``, or what ``@FILE`` holds but for a byte order mark and the last line's end.
+
+    ``@-`` is standard input.
+    """
     if not text.startswith("@"):
         return text
     try:
-        with open(text[1:], "rb") as file:
+        with open(os.dup(0) if text == FROM_STDIN else text[1:], "rb") as file:
             content = file.read(_TEMPLATE_LIMIT + 1)
         if len(content) > _TEMPLATE_LIMIT:
             raise UsageError(f"{option} {text}: larger than {size(_TEMPLATE_LIMIT)}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +217,24 @@ def test_python_programs_ask_with_templates(endpoint: Endpoint) -> None:
     )
     assert summary.exit_code == 0
     assert [messages[0]["content"] for messages in endpoint.messages()] == ["1-", "2x"]
+
+
+def test_a_template_comes_from_stdin_which_only_one_may_read(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"city": "Oslo"}\n')
+
+    def validate(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "batchrun", "validate", *args, "--show", "1"],
+            input="Where is {{ city }}?\n",
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    shown = validate("in.jsonl", "-p", "@-")
+    assert shown.returncode == 0
+    assert json.loads(shown.stdout)["messages"][-1]["content"] == "Where is Oslo?"
+    for clash in (("-", "-p", "@-"), ("in.jsonl", "-p", "@-", "--messages", "@-")):
+        refused = validate(*clash)
+        assert refused.returncode == 2
+        assert "reads standard input too" in refused.stderr
