@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from batchrun.runs import run
+    from batchrun.shards import Shard
     from batchrun.summary import RunSummary
     from batchrun.types import Result, Usage
 
@@ -49,6 +50,7 @@ __all__ = [
     "RunConfig",
     "RunSummary",
     "SettingsDiffer",
+    "Shard",
     "StoppedEarly",
     "Usage",
     "UsageError",
@@ -68,6 +70,7 @@ _HOMES = {
     "run": "runs",
     "RunConfig": "config",
     "Allowance": "config",
+    "Shard": "shards",
     "Result": "types",
     "RunSummary": "summary",
     "Usage": "types",

@@ -121,6 +121,8 @@ def _parts(output: Path) -> list[_Part]:
     for number, part in sorted(here.items()):
         if part.footer.settings != newest.settings or part.footer.synthetic != newest.synthetic:
             raise _again(part, "was made with other settings", Shard(number, of))
+        if part.footer.publishing | {"shard": ""} != newest.publishing | {"shard": ""}:
+            raise _again(part, "has other columns or another price", Shard(number, of))
         if part.footer.inputs_digest != newest.inputs_digest:
             raise _again(part, "was made from other inputs", Shard(number, of))
     return [part for _, part in sorted(here.items())]

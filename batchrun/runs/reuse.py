@@ -26,7 +26,11 @@ def reuse(config: RunConfig, book: Journal, check_stop: CheckStop) -> int:
     are wanted. The files stay as they are.
     """
     taken = 0
-    for path in [*_other_parts(config), *_files(config)]:
+    for path in _other_parts(config):
+        for outcomes in _wanted(path, book):
+            check_stop()
+            taken += give(book, [each for each in outcomes if each.kind == "ok"])
+    for path in _files(config):
         for outcomes in _wanted(path, book):
             check_stop()
             # No attempt of this output's: its budget does not count what another paid.
@@ -44,7 +48,7 @@ def _other_parts(config: RunConfig) -> list[Path]:
 
     Other parts of this division have rows of their own, but for those that an edit moved.
     """
-    if config.shard is None:
+    if config.shard is None or config.to_stdout:
         return []
     part = Path(config.output)
     whole = whole_of(part)

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import StartMock, Submit
 
+import batchrun
+
 ROWS = 50
 # What differs from one asking to the next.
 OF_THE_ASKING = ("latency_s", "ttft_s", "finished_at", "request_id", "response_body")
@@ -89,8 +91,22 @@ def test_another_division_asks_for_nothing_again(
     assert shards(submit, 4, [1, 2, 3, 4], *to) == [0, 0, 0, 0]
     assert shards(submit, 2, [1, 2], *to) == [0, 0]
     assert server.ledger.requests == 39
+    assert set(pq.read_table("out.shard-1-of-2.parquet")["attempts"].to_pylist()) == {1, 0}
     assert cli("merge", "out.parquet", "--allow-failures", 1).code == 0
     assert [*Path().glob("*.parquet.batchrun")] == []
+
+
+def test_parts_of_python_and_of_other_columns(submit: Submit, cli: Submit) -> None:
+    write_rows(range(10))
+    for part in (batchrun.Shard(1, 2), batchrun.Shard(2, 2)):
+        summary = batchrun.submit("in.jsonl", "out.parquet", mock=True, shard=part)
+        assert summary.output == f"out.shard-{part.number}-of-2.parquet"
+    assert shards(submit, 2, [2], "--mock", "--no-response-body") == [0]
+    other = cli("merge", "out.parquet")
+    assert other.code == 75
+    assert "has other columns" in other.err
+    several = ("in.jsonl", "in.jsonl", "--mock", "--shard", "1/2")
+    assert cli("estimate", *several).code == 0
 
 
 def test_a_foreign_file_in_the_place_of_the_output_stays(
