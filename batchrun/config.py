@@ -176,6 +176,8 @@ class RunConfig:
         _positive("--samples", self.samples)
         if self.sample is not None and self.limit is not None:
             raise UsageError("--sample and --limit both say which rows; choose one")
+        if self.shard is not None:
+            self.shard.checked()
         if self.shard is not None and (self.sample is not None or self.limit is not None):
             other = "--limit" if self.sample is None else "--sample"
             raise UsageError(f"--shard and {other} both say which rows; choose one")
@@ -268,7 +270,7 @@ def with_its_share(config: RunConfig) -> RunConfig:
         rpm=None if rpm is None else rpm / shard.of,
         tpm=None if tpm is None else tpm / shard.of,
         max_cost=None if max_cost is None else max_cost / shard.of,
-        token_budget=None if budget is None else budget // shard.of,
+        token_budget=None if budget is None else max(1, budget // shard.of),
     )
 
 

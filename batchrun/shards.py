@@ -10,7 +10,9 @@ from typing import Final, NamedTuple
 from batchrun.errors import UsageError
 
 AUTO: Final = "auto"
-_NAME: Final = re.compile(r"(?P<stem>.+)\.shard-(?P<number>\d+)-of-(?P<of>\d+)\.parquet", re.DOTALL)
+_NAME: Final = re.compile(
+    r"(?P<stem>.+)\.shard-(?P<number>[1-9][0-9]*)-of-(?P<of>[1-9][0-9]*)\.parquet", re.DOTALL
+)
 # Which variables tell a task its index, the first index, the step and how many tasks there are.
 _ARRAYS: Final = (
     tuple(f"SLURM_ARRAY_TASK_{word}" for word in ("ID", "MIN", "STEP", "COUNT")),
@@ -32,13 +34,13 @@ class Shard(NamedTuple):
         number, _, of = text.partition("/")
         if number == AUTO:
             return _of_array(text, of, environ)
-        return cls._checked(text, number, of)
+        return cls(_count(text, number), _count(text, of)).checked(text)
 
-    @classmethod
-    def _checked(cls, text: str, number: str, of: str) -> Shard:
-        if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
-            return cls(int(number), int(of))
-        raise UsageError(f"--shard {text}: I/N with 1 <= I <= N, such as 2/4, or auto")
+    def checked(self, said: str | None = None) -> Shard:
+        """This one; UsageError when there is no such part."""
+        if 1 <= self.number <= self.of:
+            return self
+        raise _no_part(said or str(self))
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
@@ -55,6 +57,16 @@ class Shard(NamedTuple):
                 next_steps=("-o answers.parquet    what `batchrun merge` makes of them",),
             )
         return f"{output.removesuffix('.parquet')}.shard-{self.number}-of-{self.of}.parquet"
+
+
+def _count(said: str, text: str) -> int:
+    if text.isdecimal():
+        return int(text)
+    raise _no_part(said)
+
+
+def _no_part(said: str) -> UsageError:
+    return UsageError(f"--shard {said}: I/N with 1 <= I <= N, such as 2/4, or auto")
 
 
 def parts_of(output: Path) -> dict[Shard, Path]:
@@ -83,9 +95,10 @@ def _of_array(text: str, of: str, environ: Mapping[str, str]) -> Shard:
                 f"--shard {text}: {index} is set, but nothing says how many tasks there are",
                 next_steps=("--shard auto/N      with the number of tasks",),
             )
-        first, each = environ.get(least, "0"), environ.get(step, "1")
-        number = (int(at) - int(first)) // max(1, int(each)) + 1
-        return Shard._checked(f"{text} ({index}={at})", str(number), of)
+        said = f"{text} ({index}={at})"
+        first = _count(said, environ.get(least, "0"))
+        each = max(1, _count(said, environ.get(step, "1")))
+        return Shard((int(at) - first) // each + 1, _count(said, of)).checked(said)
     raise UsageError(
         f"--shard {text}: no job array here tells which task this is",
         next_steps=("--shard I/N         names it, from 1/N to N/N",),

@@ -49,6 +49,7 @@ def test_a_task_finds_its_part(text: str, environ: dict[str, str], shard: tuple[
         ("auto", {}, "no job array here"),
         ("auto", {"JOB_COMPLETION_INDEX": "4"}, "nothing says how many"),
         ("auto/4", {"JOB_COMPLETION_INDEX": "4"}, "1 <= I <= N"),
+        ("auto/4", {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "x"}, "1 <= I <= N"),
     ],
 )
 def test_what_is_no_part_is_said(text: str, environ: dict[str, str], said: str) -> None:

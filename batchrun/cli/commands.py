@@ -128,11 +128,9 @@ def status(ctx: click.Context) -> int:
         def look() -> list[StatusFacts]:
             return [status(output, given.path("state")) for output in outputs]
 
-        found = look()
-        if given.flag("watch"):
-            if given.flag("json"):
-                raise UsageError("--watch is for people, --json for programs; choose one")
-            found = watch(look)
+        if given.flag("watch") and given.flag("json"):
+            raise UsageError("--watch is for people, --json for programs; choose one")
+        found = watch(look) if given.flag("watch") else look()
         for facts in found:
             name = f"{facts.output}\n" if found[1:] else ""
             _tell(facts, name + console.status_block(facts), given)

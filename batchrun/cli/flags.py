@@ -156,6 +156,14 @@ INPUTS = click.Argument(["inputs"], nargs=-1, required=True, metavar="INPUT...",
 JSON = _talk("--json", is_flag=True, help="Print one JSON object on stdout at the end.")
 
 
+ALLOW_FAILURES = _failures(
+    "--allow-failures",
+    read=Allowance.parse,
+    metavar="N|P%",
+    help="So many failed rows still exit 0.",
+)
+
+
 STATE = _state(
     "--state", metavar="DIR", shows="OUTPUT.batchrun", help="Where the journal of the run lives."
 )
@@ -368,12 +376,7 @@ ROWS = (
         is_flag=True,
         help="Replace an output made otherwise; keeps it as .bak.",
     ),
-    _failures(
-        "--allow-failures",
-        read=Allowance.parse,
-        metavar="N|P%",
-        help="So many failed rows still exit 0.",
-    ),
+    ALLOW_FAILURES,
     _state(
         "--if-locked",
         type=click.Choice(get_args(IfLocked)),

@@ -18,6 +18,7 @@ from batchrun import process
 from batchrun.cli.config_file import CONFIG
 from batchrun.cli.endings import say_why
 from batchrun.cli.flags import (
+    ALLOW_FAILURES,
     DELIVERY,
     ENDPOINT,
     INPUTS,
@@ -148,18 +149,7 @@ def collect(ctx: click.Context, /, **_: object) -> int:
 _MERGED = click.Argument(["merged"], metavar="OUTPUT", type=click.Path())
 
 
-_ALLOWED = Option(
-    "--allow-failures",
-    heading="Failures",
-    field="",
-    typed_only=True,
-    metavar="N|P%",
-    shows="0",
-    help="So many failed rows still exit 0.",
-)
-
-
-@cli.command(epilog=_EPILOG, params=[_MERGED, _ALLOWED, JSON, CONFIG])
+@cli.command(epilog=_EPILOG, params=[_MERGED, ALLOW_FAILURES, JSON, CONFIG])
 @click.pass_context
 def merge(ctx: click.Context, /, **_: object) -> int:
     """Make OUTPUT of the parts that submit --shard left beside it (exit 75: some are missing)."""

@@ -124,6 +124,7 @@ def _one_by_one(given: Given) -> dict[str, Any]:
     }
 
 
+# Each may be read from a file, or from standard input.
 _TEXTS = ("prompt", "messages", "schema")
 
 # A file may be called by any bytes; a request holds text.
@@ -141,6 +142,8 @@ def _check_text(given: Given) -> None:
 def _check_stdin(given: Given) -> None:
     """It is read once: as the rows, or as one text."""
     readers = [name for name in _TEXTS if given.text(name) == FROM_STDIN]
+    if given.text("schema") == STDIN:  # it is a file's name with or without the @
+        readers.append("schema")
     if STDIN in given.texts("inputs"):
         readers.append("inputs")
     if readers[1:]:

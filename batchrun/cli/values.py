@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from datetime import time as day_time
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
@@ -162,6 +163,20 @@ _TEMPLATE_LIMIT = 10_000_000
 FROM_STDIN = "@-"
 
 
+@cache
+def _stdin(most: int) -> bytes:
+    # It can be read once, and a command may settle its options twice.
+    with open(os.dup(0), "rb") as file:
+        return file.read(most)
+
+
+def _content(text: str, most: int) -> bytes:
+    if text == FROM_STDIN:
+        return _stdin(most)
+    with open(text[1:], "rb") as file:
+        return file.read(most)
+
+
 def text_or_file(text: str, option: str = "-p") -> str:
     """``TEXT``, or what ``@FILE`` holds but for a byte order mark and the last line's end.
 
@@ -170,8 +185,7 @@ def text_or_file(text: str, option: str = "-p") -> str:
     if not text.startswith("@"):
         return text
     try:
-        with open(os.dup(0) if text == FROM_STDIN else text[1:], "rb") as file:
-            content = file.read(_TEMPLATE_LIMIT + 1)
+        content = _content(text, _TEMPLATE_LIMIT + 1)
         if len(content) > _TEMPLATE_LIMIT:
             raise UsageError(f"{option} {text}: larger than {size(_TEMPLATE_LIMIT)}")
         return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Final
 
@@ -58,6 +59,7 @@ class _Drawing:
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
         shown = "".join(f"{line}{_REST_OF_LINE}\n" for line in lines)
         # One write: a terminal that draws between two would flicker.
-        sys.stderr.write(f"{up}\r{_NO_WRAP}{shown}{_REST}{_WRAP}")
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.write(f"{up}\r{_NO_WRAP}{shown}{_REST}{_WRAP}")
+            sys.stderr.flush()
         self._drawn = len(lines)

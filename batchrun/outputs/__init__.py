@@ -1,6 +1,13 @@
 """Derived from the journal: one table of rows and answers, and the way back."""
 
-from batchrun.outputs.aside import ASIDE_SCHEMA, Mark, aside_slice, read_marks, read_wanted
+from batchrun.outputs.aside import (
+    ASIDE_SCHEMA,
+    Mark,
+    answers_in,
+    aside_slice,
+    read_marks,
+    read_wanted,
+)
 from batchrun.outputs.columns import NAMES
 from batchrun.outputs.footer import Aside, Footer, Schema, Table
 from batchrun.outputs.parquet import table_of
@@ -32,6 +39,7 @@ __all__ = [
     "Table",
     "Target",
     "TokenSums",
+    "answers_in",
     "aside_slice",
     "backup",
     "clean_leftovers",

@@ -49,6 +49,19 @@ def read_marks(path: Path) -> Iterator[list[Mark]]:
             ]
 
 
+def answers_in(path: Path) -> Iterator[Mark]:
+    """What marks each answer of a published Parquet file, in order."""
+    with parquet_file(path) as file:
+        names = ["status", *_MARK_COLUMNS[:3]]
+        for batch in file.iter_batches(GROUP_ROWS, columns=names, use_threads=False):
+            for status, text, ended, identity in zip(
+                *(back_values(batch[name]) for name in names), strict=True
+            ):
+                digest = chat.parse_hash(text or "")
+                if status == "ok" and digest is not None:
+                    yield Mark(digest, ended or 0, identity or "", 0)
+
+
 def read_wanted(
     path: Path, is_wanted: Callable[[bytes], bool], api: Api = CHAT
 ) -> Iterator[list[Outcome]]:

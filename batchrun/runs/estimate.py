@@ -106,7 +106,7 @@ def estimate(config: RunConfig) -> EstimateFacts:
             book.flush()
             plan = make_plan(sources, config, book, never_stop)
             Unused.of(config, state, synthetic=config.mock).take_back(book, never_stop)
-            reuse(config, book, never_stop)
+            reuse(config, sources, plan.chosen, book, never_stop)
             found = _read(plan, config, book)
     return _facts(found, config)
 

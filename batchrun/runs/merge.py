@@ -16,7 +16,7 @@ from batchrun.console import MergeFacts
 from batchrun.errors import StoppedEarly, UsageError
 from batchrun.journal import locked
 from batchrun.money import Price
-from batchrun.outputs import Footer, OutputTally, Slice, Target
+from batchrun.outputs import Footer, OutputTally, Schema, Slice, Target
 from batchrun.runs.facts import now_utc
 from batchrun.runs.place import state_of
 from batchrun.shards import Shard, parts_of
@@ -67,14 +67,14 @@ def _merged(path: Path, parts: Sequence[_Part], allowed: Allowance) -> MergeFact
     outputs.clean_leftovers(path)
     target = Target.at(path)
     if path.exists():
-        _keep(path, footer)
+        _keep(path, parts)
     schema, _ = outputs.slices_of(parts[0].path)
     tally = OutputTally(Price.remembered(publishing))
     outputs.publish(
         target,
         "parquet",
         schema,
-        _slices(parts),
+        _slices(parts, schema),
         footer,
         tally,
         response_body=bool(publishing.get("response_body", True)),
@@ -92,8 +92,7 @@ def _merged(path: Path, parts: Sequence[_Part], allowed: Allowance) -> MergeFact
     )
 
 
-def _slices(parts: Sequence[_Part]) -> Iterator[Slice]:
-    schema, _ = outputs.slices_of(parts[0].path)
+def _slices(parts: Sequence[_Part], schema: Schema) -> Iterator[Slice]:
     for part in parts:
         found, slices = outputs.slices_of(part.path)
         if found != schema:
@@ -146,11 +145,13 @@ def _again(part: _Part, why: str, shard: Shard) -> StoppedEarly:
     )
 
 
-def _keep(path: Path, merged: Footer) -> None:
-    """UsageError for a file of somebody else's; keep one that holds what the parts may lack."""
-    there = outputs.recognise(path)
-    if there is None:
+def _keep(path: Path, parts: Sequence[_Part]) -> None:
+    """UsageError for a file of somebody else's; keep one that holds an answer the parts lack.
+
+    Rows in another order count as lacking: so this needs no memory, and errs to the safe side.
+    """
+    if outputs.recognise(path) is None:
         raise UsageError(f"{path}: exists and was not written by batchrun; move it away")
-    same = there.settings == merged.settings and there.inputs_digest == merged.inputs_digest
-    if not same:
+    merged = (mark for part in parts for mark in outputs.answers_in(part.path))
+    if not all(mark in merged for mark in outputs.answers_in(path)):
         outputs.backup(path)

@@ -109,7 +109,7 @@ def slices(
         if row_number > len(plan.slots):
             raise changed(source.file)
         slots = plan.slots[first:row_number]
-        samples, before = plan.chosen.samples, plan.chosen.numbered_from
+        samples, before = plan.chosen.samples, plan.chosen.rows_before
         custom_ids = _custom_ids(batch.rows, first + before * samples, samples)
         outcomes = _outcomes(source, batch, slots, journal)
         yield Slice(batch.carried, custom_ids, Places(source.file.name, batch.lines), outcomes)

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from batchrun import outputs
+from batchrun.chat import Identity
 from batchrun.config import RunConfig
 from batchrun.errors import UsageError
+from batchrun.inputs import BadRow
 from batchrun.journal import Journal
-from batchrun.runs.sources import CheckStop
-from batchrun.runs.unused import SLICE_ROWS, give
+from batchrun.outputs import Mark
+from batchrun.runs.sources import CheckStop, Chosen, Source, batches, invalid_of
+from batchrun.runs.unused import SLICE_ROWS, give, mark_of
 from batchrun.shards import parts_of, whole_of
 from batchrun.types import Outcome
 
 
-def reuse(config: RunConfig, book: Journal, check_stop: CheckStop) -> int:
+def reuse(
+    config: RunConfig,
+    sources: Sequence[Source],
+    chosen: Chosen,
+    book: Journal,
+    check_stop: CheckStop,
+) -> int:
     """Give rows that lack an answer one of those; how many were given.
 
     UsageError for a file that is no output of batchrun, or holds synthetic answers where real ones
     are wanted. The files stay as they are.
     """
     taken = 0
-    for path in _other_parts(config):
-        for outcomes in _wanted(path, book):
-            check_stop()
-            taken += give(book, [each for each in outcomes if each.kind == "ok"])
+    if others := _other_parts(config):
+        before = _asked_before(sources, chosen, book, check_stop)
+        taken = _take_over(others, before, book, check_stop)
     for path in _files(config):
         for outcomes in _wanted(path, book):
             check_stop()
@@ -60,6 +69,47 @@ def _other_parts(config: RunConfig) -> list[Path]:
         if footer is not None and footer.synthetic is config.mock:
             found.append(path)
     return found
+
+
+def _asked_before(
+    sources: Sequence[Source], chosen: Chosen, book: Journal, check_stop: CheckStop
+) -> Counter[bytes]:
+    """How many rows before this part ask the same as one of it that lacks an answer."""
+    before = Counter[bytes]()
+    if not chosen.rows_before:
+        return before
+    rows_before = Chosen(chosen.rows_before, samples=chosen.samples)
+    for source, batch in batches(sources, rows_before, check_stop):
+        for row in batch.rows:
+            found = invalid_of(row) if isinstance(row, BadRow) else source.builder.identify(row)
+            if type(found) is Identity and next(book.lacking(found.hash), None) is not None:
+                before[found.hash] += 1
+    return before
+
+
+def _take_over(
+    paths: Sequence[Path], before: Mapping[bytes, int], book: Journal, check_stop: CheckStop
+) -> int:
+    """Give the rows of this part what is settled there; how many.
+
+    The answers of equal rows are shared out in the order of the rows: those that earlier parts
+    take are left to them.
+    """
+    taken = 0
+    marks: dict[bytes, dict[Mark, int]] = defaultdict(dict)
+    for path in paths:
+        for outcomes in _wanted(path, book):
+            check_stop()
+            own = []
+            for each in outcomes:
+                if each.hash in before:
+                    same = marks[each.hash]
+                    if same.setdefault(mark_of(each), len(same)) < before[each.hash]:
+                        continue
+                if each.final:
+                    own.append(each)
+            taken += give(book, own)
+    return taken
 
 
 def _files(config: RunConfig) -> list[Path]:

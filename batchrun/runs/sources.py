@@ -58,7 +58,7 @@ class Chosen(NamedTuple):
 
     limit: int | None = None  # so many from the beginning
     sample: Sequence[int] | None = None  # these, 0-based over all sources, ascending
-    numbered_from: int = 0  # the number of its first row before all else
+    rows_before: int = 0  # of the input, before the first of these; known of a part only
     samples: int = 1  # each of them so many times, one after another
 
 
@@ -74,7 +74,7 @@ def choose(sources: Sequence[Source], config: RunConfig, check_stop: CheckStop) 
     total = sum(len(batch) for _, batch in reading)
     if config.shard is not None:
         part = config.shard.rows(total)
-        return Chosen(sample=part, numbered_from=part.start, samples=config.samples)
+        return Chosen(sample=part, rows_before=part.start, samples=config.samples)
     assert config.sample is not None
     drawn = heapq.nsmallest(config.sample, range(total), partial(_lot, config.seed))
     return Chosen(sample=array("Q", sorted(drawn)), samples=config.samples)

@@ -232,7 +232,7 @@ def give(book: Journal, outcomes: Sequence[Outcome]) -> int:
     held = _held_marks(book, {outcome.hash for outcome in outcomes})
     places: dict[tuple[bytes, bool], Iterator[int]] = {}
     for outcome in outcomes:
-        if _mark_of(outcome) in held:
+        if mark_of(outcome) in held:
             continue
         is_ok = outcome.kind == "ok"
         key = outcome.hash, is_ok
@@ -278,11 +278,11 @@ def _held_marks(book: Journal, hashes: set[bytes]) -> set[Mark]:
     marks = set()
     for at in range(0, len(slots), SLICE_ROWS):
         for outcome in filter(None, book.read_all(slots[at : at + SLICE_ROWS])):
-            marks.add(_mark_of(outcome))
+            marks.add(mark_of(outcome))
     return marks
 
 
-def _mark_of(outcome: Outcome) -> Mark:
+def mark_of(outcome: Outcome) -> Mark:
     return Mark(outcome.hash, outcome.finished_at_ms, outcome.request_id, 0)
 
 

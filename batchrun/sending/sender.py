@@ -77,6 +77,19 @@ class EarlyEnd:
             raise self.cause
 
 
+def limit_settings(config: RunConfig, room: int) -> LimitSettings:
+    """What the user said about speed; at most ``room`` requests can be in flight."""
+    return LimitSettings(
+        concurrency=config.concurrency and min(config.concurrency, room),
+        max_concurrency=room,
+        rpm=config.rpm,
+        tpm=config.tpm,
+        max_wait_s=config.max_wait_s,
+        max_outage_s=config.max_outage_s,
+        share=1.0 if config.shard is None else 1.0 / config.shard.of,
+    )
+
+
 class Sender:
     """Sends to one endpoint what fills the feed, and reports to ``desk``. One use.
 
@@ -97,15 +110,7 @@ class Sender:
         budget: Budget | None = None,
         prefixes: Prefixes | None = None,
     ) -> None:
-        settings = LimitSettings(
-            concurrency=config.concurrency and min(config.concurrency, endpoint.room),
-            max_concurrency=endpoint.room,
-            rpm=config.rpm,
-            tpm=config.tpm,
-            max_wait_s=config.max_wait_s,
-            max_outage_s=config.max_outage_s,
-            share=1.0 if config.shard is None else 1.0 / config.shard.of,
-        )
+        settings = limit_settings(config, endpoint.room)
         self.limits = Limits(settings, host=endpoint.host, budget=budget, on_change=talk.detail)
         self.feed = Feed()
         self.pool = Pool(

@@ -378,6 +378,15 @@ def test_a_quota_is_used_whole_and_hardly_ever_refused(
     assert len(run.refused) <= 0.005 * len(run.sent)
 
 
+@pytest.mark.parametrize("headers", [mistral_headers, openai_headers])
+def test_of_a_limit_that_headers_name_only_the_own_share_is_used(
+    headers: Callable[[Server], dict[str, str]],
+) -> None:
+    server = Server(rate=100, depth=20, headers=headers, service_s=even(0.05))
+    run = Run(server, LimitSettings(share=0.25)).until(62)
+    assert 24.0 <= run.rate(2, 62) <= 25.5
+
+
 def test_what_left_before_the_quota_was_known_counts() -> None:
     server = Server(service_s=0.05, rate=100, depth=6000, headers=mistral_headers)
     run = Run(server, LimitSettings(concurrency=32)).until(10)

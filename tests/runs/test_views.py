@@ -144,7 +144,7 @@ def test_watch_shows_a_run_until_it_has_ended(
         looks: list[str] = []
 
         def look() -> list[StatusFacts]:
-            if looks:
+            if looks[1:]:
                 process.terminate()
                 process.wait()
             found = status("in.results.parquet")
@@ -152,13 +152,15 @@ def test_watch_shows_a_run_until_it_has_ended(
             return [found]
 
         assert [each.state for each in watch(look, every_s=0.0)] == ["stopped"]
-    assert looks == ["running", "stopped"]
+    assert looks == ["running", "running", "stopped"]
     said = capsys.readouterr().err
     assert said.startswith(f"running   pid {process.pid}")
     assert said.count("answered") == 1
     ended = batchrun("status", "--watch", "in.results.parquet")
     assert ended.code == 75
     assert ended.err.count("6 of 10 answered") == 1
+    assert batchrun("submit", "in.jsonl", "--mock", "-o", "done.parquet").code == 0
+    assert batchrun("status", "done.parquet", "in.results.parquet").code == 75
 
 
 def test_watch_draws_over_its_lines_and_ends_at_ctrl_c(
@@ -169,6 +171,7 @@ def test_watch_draws_over_its_lines_and_ends_at_ctrl_c(
     assert batchrun("submit", "in.jsonl", "--mock", "-o", "done.parquet").code == 0
     with running("in.jsonl", "--base-url", halfway.server.url, "-m", "m", "-c", 2):
         assert halfway.reached.wait(WAIT_S)
+        assert batchrun("status", "done.parquet", "in.results.parquet").code == 11
         ours, theirs = pty.openpty()
         command = ("status", "--watch", "done.parquet", "in.results.parquet")
         with (

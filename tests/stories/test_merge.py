@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import StartMock, Submit
+from conftest import StartMock, StartRun, Submit
 
 import batchrun
+from batchrun.journal import StateDir, locked
+from batchrun.mock.replies import error_reply
+from batchrun.money import Price
+from batchrun.sending.sender import limit_settings
 
 ROWS = 50
 # What differs from one asking to the next.
@@ -87,12 +91,15 @@ def test_another_division_asks_for_nothing_again(
 ) -> None:
     server = mock()
     to = ("--base-url", server.url, "-m", "m", "--allow-failures", 1)
-    write_rows(range(40))
+    write_rows(range(ROWS))
     assert shards(submit, 4, [1, 2, 3, 4], *to) == [0, 0, 0, 0]
-    assert shards(submit, 2, [1, 2], *to) == [0, 0]
-    assert server.ledger.requests == 39
-    assert set(pq.read_table("out.shard-1-of-2.parquet")["attempts"].to_pylist()) == {1, 0}
     assert cli("merge", "out.parquet", "--allow-failures", 1).code == 0
+    before = pq.read_table("out.parquet")
+    assert shards(submit, 2, [2, 1], *to) == [0, 0]
+    assert server.ledger.requests == ROWS - 1
+    assert cli("merge", "out.parquet", "--allow-failures", 1).code == 0
+    # Each answer in its own place, also where rows of different parts ask the same.
+    assert pq.read_table("out.parquet").equals(before)
     assert [*Path().glob("*.parquet.batchrun")] == []
 
 
@@ -105,8 +112,37 @@ def test_parts_of_python_and_of_other_columns(submit: Submit, cli: Submit) -> No
     other = cli("merge", "out.parquet")
     assert other.code == 75
     assert "has other columns" in other.err
+    asked_otherwise = ("--mock", "--temperature", 1, "--overwrite")
+    assert shards(submit, 2, [2], *asked_otherwise) == [0]
+    assert "was made with other settings" in cli("merge", "out.parquet").err
     several = ("in.jsonl", "in.jsonl", "--mock", "--shard", "1/2")
     assert cli("estimate", *several).code == 0
+
+
+def test_rows_that_an_edit_moves_to_another_part_are_not_asked_again(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock()
+    to = ("--base-url", server.url, "-m", "m", "--allow-failures", 1)
+    write_rows(range(100, 120))
+    assert shards(submit, 2, [1, 2], *to) == [0, 0]
+    before = Path("in.jsonl").read_text()
+    Path("in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n' + before)
+    assert shards(submit, 2, [1, 2], *to) == [0, 0]
+    assert server.ledger.requests == 19 + 2
+
+
+def test_an_unfinished_run_of_the_output_is_not_published_over(
+    mock: StartMock, submit: Submit, cli: Submit
+) -> None:
+    to = ("--base-url", mock().url, "-m", "m", "--allow-failures", 1, "--max-tokens", 5)
+    write_rows(range(ROWS))
+    assert shards(submit, 2, [1, 2], *to) == [0, 0]
+    assert submit("in.jsonl", *to, "-o", "out.parquet", "--token-budget", 100).code == 75
+    refused = cli("merge", "out.parquet")
+    assert refused.code == 2
+    assert "an unfinished run" in refused.err
+    assert cli("status", "out.parquet").code == 75
 
 
 def test_a_foreign_file_in_the_place_of_the_output_stays(
@@ -120,17 +156,97 @@ def test_a_foreign_file_in_the_place_of_the_output_stays(
     assert Path("out.parquet").read_bytes() == b"mine"
 
 
-def test_an_output_with_other_answers_is_kept_beside_the_merged_one(
+def test_an_output_is_kept_only_where_the_parts_lack_an_answer_of_it(
     mock: StartMock, submit: Submit, cli: Submit
 ) -> None:
-    to = ("--base-url", mock().url, "-m", "m", "--allow-failures", 1)
+    fails = set[int]()
+    server = mock(respond=lambda asked: error_reply(500, "no") if asked.n in fails else None)
+    to = ("--base-url", server.url, "-m", "m", "--allow-failures", 1)
+    kept = Path("out.parquet.bak")
     write_rows(range(10))
-    assert submit("in.jsonl", "-o", "out.parquet", *to).code == 0
+    fails.add(5)
+    assert submit("in.jsonl", "-o", "out.parquet", *to, "--max-retries", 0).code == 3
+    fails.clear()
     write_rows(range(20))
     assert shards(submit, 2, [1, 2], *to) == [0, 0]
     assert cli("merge", "out.parquet", "--allow-failures", 1).code == 0
     assert pq.read_table("out.parquet").num_rows == 20
-    assert pq.read_table("out.parquet.bak").num_rows == 10
+    assert not kept.exists()
+    # The same settings and inputs, and yet asked again: these answers were paid, too.
+    Path("out.parquet").unlink()
+    assert submit("in.jsonl", "-o", "out.parquet", *to).code == 0
+    asked_again = Path("out.parquet").read_bytes()
+    assert cli("merge", "out.parquet", "--allow-failures", 1).code == 0
+    assert kept.read_bytes() == asked_again
+
+
+def test_rejected_rows_are_not_asked_again_by_another_division(
+    mock: StartMock, submit: Submit
+) -> None:
+    server = mock(respond=lambda request: error_reply(400, "no") if request.n > 2 else None)
+    to = ("--base-url", server.url, "-m", "m", "--allow-failures", "100%", "-c", 1)
+    write_rows(range(8))
+    assert shards(submit, 2, [1, 2], *to) == [0, 0]
+    assert shards(submit, 3, [1, 2, 3], *to) == [0, 0, 0]
+    assert server.ledger.requests == 7
+
+
+def test_a_part_is_a_run_that_stops_is_collected_and_goes_on(
+    mock: StartMock, submit: Submit, cli: Submit
+) -> None:
+    server = mock()
+    write_rows(range(ROWS))
+    to = ("--base-url", server.url, "-m", "m", "--max-tokens", 5, "-c", 1)
+    assert shards(submit, 2, [2], *to, "--token-budget", 400) == [75]
+    assert 0 < server.ledger.requests < ROWS // 2
+    part = "out.shard-2-of-2.parquet"
+    assert cli("status", part).code == 75
+    assert cli("collect", part).code == 0
+    collected = pq.read_table("out.shard-2-of-2.partial.parquet")
+    ids = [str(number) for number in range(26, 51)]
+    assert collected["custom_id"].to_pylist() == ids[: server.ledger.requests]
+    assert shards(submit, 2, [2], *to, "--token-budget", 400_000) == [0]
+    assert server.ledger.requests == ROWS // 2
+    assert pq.read_table(part)["custom_id"].to_pylist() == ids
+
+
+def test_parts_run_beside_each_other_and_each_only_once(
+    mock: StartMock, running: StartRun, submit: Submit, cli: Submit
+) -> None:
+    server = mock()
+    write_rows(range(ROWS))
+    to = ("--base-url", server.url, "-m", "m", "--allow-failures", 1, "-o", "out.parquet")
+    with (
+        running("in.jsonl", *to, "--shard", "1/2") as first,
+        running("in.jsonl", *to, "--shard", "2/2") as second,
+    ):
+        assert [first.end().code, second.end().code] == [0, 0]
+    assert server.ledger.requests == ROWS - 1
+    assert cli("merge", "out.parquet", "--allow-failures", 1).code == 0
+    with locked(StateDir(Path("out.shard-2-of-2.parquet.batchrun"))):
+        assert submit("in.jsonl", *to, "--shard", "2/2").code == 11
+        assert submit("in.jsonl", *to, "--shard", "1/2").code == 0
+
+
+def test_a_share_is_never_too_small_to_be_one(submit: Submit) -> None:
+    write_rows(range(5))
+    bound = ("--token-budget", 3, "--max-tokens", 5)
+    ended = submit("in.jsonl", "--mock", "-o", "out.parquet", "--shard", "1/4", *bound)
+    assert ended.code == 75
+    shard = batchrun.Shard(1, 4)
+    config = batchrun.make_config(
+        *("in.jsonl", "out.parquet"),
+        mock=True,
+        shard=shard,
+        rpm=100,
+        tpm=1_000,
+        max_cost=2.0,
+        price=Price(1, 1),
+    )
+    assert (config.rpm, config.tpm, config.max_cost) == (25, 250, 0.5)
+    assert limit_settings(config, room=8).share == 0.25
+    with pytest.raises(batchrun.UsageError, match="--shard 5/4"):
+        batchrun.submit("in.jsonl", "out.parquet", mock=True, shard=batchrun.Shard(5, 4))
 
 
 def test_each_part_has_its_share_of_what_all_may_spend(mock: StartMock, submit: Submit) -> None:

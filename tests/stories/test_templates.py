@@ -234,7 +234,27 @@ def test_a_template_comes_from_stdin_which_only_one_may_read(tmp_path: Path) -> 
     shown = validate("in.jsonl", "-p", "@-")
     assert shown.returncode == 0
     assert json.loads(shown.stdout)["messages"][-1]["content"] == "Where is Oslo?"
-    for clash in (("-", "-p", "@-"), ("in.jsonl", "-p", "@-", "--messages", "@-")):
+    clashes = (
+        ("-", "-p", "@-"),
+        ("in.jsonl", "-p", "@-", "--messages", "@-"),
+        ("-", "--schema", "-"),
+    )
+    for clash in clashes:
         refused = validate(*clash)
         assert refused.returncode == 2
         assert "reads standard input too" in refused.stderr
+
+
+def test_a_template_from_stdin_is_asked_by_each_step_of_an_estimate(
+    endpoint: Endpoint, tmp_path: Path
+) -> None:
+    command = ("estimate", TICKETS, "-p", "@-", "--sample", "2", "--base-url", endpoint.server.url)
+    subprocess.run(
+        [sys.executable, "-m", "batchrun", *command, "-m", "m"],
+        input=b"Classify: {{ subject }}\n",
+        cwd=tmp_path,
+        check=True,
+    )
+    asked = [messages[-1]["content"] for messages in endpoint.messages()]
+    assert len(asked) == 2
+    assert all(text.startswith("Classify: ") for text in asked)
