@@ -19,6 +19,7 @@ from batchrun.money import Price
 from batchrun.runs import passes, place
 from batchrun.runs.asking import model_of, prompt_settings
 from batchrun.runs.opening import header_of
+from batchrun.runs.other_parts import take_over
 from batchrun.runs.plan import Plan, make_plan
 from batchrun.runs.reuse import reuse
 from batchrun.runs.sources import lay_out, never_stop, shapes
@@ -106,7 +107,8 @@ def estimate(config: RunConfig) -> EstimateFacts:
             book.flush()
             plan = make_plan(sources, config, book, never_stop)
             Unused.of(config, state, synthetic=config.mock).take_back(book, never_stop)
-            reuse(config, sources, plan.chosen, book, never_stop)
+            take_over(config, sources, plan.chosen, book, never_stop)
+            reuse(config, book, never_stop)
             found = _read(plan, config, book)
     return _facts(found, config)
 

@@ -26,6 +26,7 @@ from batchrun.inputs import SAMPLE, BadRow, Carried, ColumnTypes, RepeatedIds, R
 from batchrun.journal import Held, Journal, Survey
 from batchrun.runs.asking import answer_schema
 from batchrun.runs.opening import Begun, Opened
+from batchrun.runs.other_parts import take_over
 from batchrun.runs.reuse import reuse
 from batchrun.runs.sources import (
     EVERY_ROW,
@@ -153,7 +154,8 @@ def plan_run(begun: Begun, sources: Sequence[Source], opened: Opened) -> Plan:
     if plan.counts.to_send:
         unused = Unused.of(config, begun.state, synthetic=config.mock)
         taken_back = unused.take_back(book, check_stop)
-        reused = reuse(config, sources, plan.chosen, book, check_stop)
+        reused = take_over(config, sources, plan.chosen, book, check_stop)
+        reused += reuse(config, book, check_stop)
     book.forget_passes()
     given_up = 0 if config.retry_failed else _give_up_doubtful(plan, book, config)
     if taken_back or reused or given_up:
