@@ -10,6 +10,8 @@ from typing import Final, NamedTuple
 from batchrun.errors import UsageError
 
 AUTO: Final = "auto"
+_MOST_DIGITS: Final = 9
+_SHOWN: Final = 40
 _NAME: Final = re.compile(
     r"(?P<stem>.+)\.shard-(?P<number>[1-9][0-9]*)-of-(?P<of>[1-9][0-9]*)\.parquet", re.DOTALL
 )
@@ -60,13 +62,13 @@ class Shard(NamedTuple):
 
 
 def _count(said: str, text: str) -> int:
-    if text.isdecimal():
+    if text.isdecimal() and len(text) <= _MOST_DIGITS:
         return int(text)
     raise _no_part(said)
 
 
 def _no_part(said: str) -> UsageError:
-    return UsageError(f"--shard {said}: I/N with 1 <= I <= N, such as 2/4, or auto")
+    return UsageError(f"--shard {said[:_SHOWN]}: I/N with 1 <= I <= N, such as 2/4, or auto")
 
 
 def parts_of(output: Path) -> dict[Shard, Path]:

@@ -46,6 +46,8 @@ def test_a_task_finds_its_part(text: str, environ: dict[str, str], shard: tuple[
         ("5/4", {}, "1 <= I <= N"),
         ("2", {}, "1 <= I <= N"),
         ("a/b", {}, "1 <= I <= N"),
+        ("9" * 5_000, {}, "1 <= I <= N"),
+        ("1/" + "9" * 5_000, {}, "1 <= I <= N"),
         ("auto", {}, "no job array here"),
         ("auto", {"JOB_COMPLETION_INDEX": "4"}, "nothing says how many"),
         ("auto/4", {"JOB_COMPLETION_INDEX": "4"}, "1 <= I <= N"),
