@@ -98,6 +98,7 @@ class Options(Where, total=False):
     sample: int | None
     seed: int
     samples: int
+    dedupe: bool
     shard: Shard | None
     retry_failed: bool
     reuse: tuple[str, ...]

@@ -146,6 +146,7 @@ class RunConfig:
     sample: int | None = None  # so many rows at random
     seed: int = 0  # of that choice
     samples: int = 1  # each row is asked so many times
+    dedupe: bool = False  # rows that ask the same are sent once
     shard: Shard | None = None  # only this part; the output is that part's
     retry_failed: bool = False
     reuse: tuple[str, ...] = ()  # other outputs, whose answers count as held
@@ -248,6 +249,8 @@ class RunConfig:
             more |= {"sample": self.sample, "seed": self.seed}
         if self.samples != 1:
             more["samples"] = self.samples
+        if self.dedupe:
+            more["dedupe"] = True
         if self.shard is not None:
             more["shard"] = str(self.shard)
         return {

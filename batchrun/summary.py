@@ -27,6 +27,7 @@ class RowCounts(Struct):
     filtered: int = 0
     empty: int = 0
     duplicate: int = 0
+    copied: int = 0  # of these: not sent, given the answer of an equal row (``--dedupe``)
 
 
 class ErrorExample(Struct):

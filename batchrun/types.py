@@ -251,6 +251,7 @@ class Result(Struct, frozen=True):
     finished_at_ms: int | None = None
     request_hash: str | None = None
     response_body: str | None = None
+    paid_by: str | None = None  # the custom_id of the row whose answer this one takes
 
 
 class UnusedCounts(Struct):

@@ -334,6 +334,13 @@ DELIVERY = (
 )
 
 
+DEDUPE = _sent(
+    "--dedupe",
+    is_flag=True,
+    help="Send equal requests once; every row that asks so gets the answer.",
+)
+
+
 ROWS = (
     _output(
         "--price",
@@ -355,6 +362,7 @@ ROWS = (
         metavar="K",
         help="Ask each row K times; the column sample tells the answers apart.",
     ),
+    DEDUPE,
     _sent("--sample", typed_only=True, type=int, metavar="N", help="Only N rows, at random."),
     _sent(
         "--seed", typed_only=True, type=int, help="Chooses which; a larger sample holds a smaller."

@@ -19,6 +19,7 @@ from batchrun.cli.config_file import CONFIG
 from batchrun.cli.endings import say_why
 from batchrun.cli.flags import (
     ALLOW_FAILURES,
+    DEDUPE,
     DELIVERY,
     ENDPOINT,
     INPUTS,
@@ -88,7 +89,9 @@ _SHOW = Option(
 )
 
 
-@cli.command(epilog=_EPILOG, params=[INPUTS, _SHOW, *REQUEST, *ENDPOINT, MOCK, JSON, CONFIG])
+@cli.command(
+    epilog=_EPILOG, params=[INPUTS, _SHOW, *REQUEST, DEDUPE, *ENDPOINT, MOCK, JSON, CONFIG]
+)
 @click.pass_context
 def validate(ctx: click.Context, /, **_: object) -> int:
     """Say what would be sent, and every bad row; send nothing."""

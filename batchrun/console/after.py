@@ -143,7 +143,7 @@ def example(cause: ErrorCount, inputs: Sequence[str] = ()) -> str:
 
 
 def _answer_notes(rows: RowCounts) -> list[str]:
-    return [
+    said = [
         f"{count(number, 'answer')} {verb(number, 'were')} {what}"
         for number, what in (
             (rows.truncated, 'cut short (finish_reason "length")'),
@@ -152,6 +152,10 @@ def _answer_notes(rows: RowCounts) -> list[str]:
         )
         if number
     ]
+    if rows.copied:
+        who = f"{count(rows.copied, 'row')} {verb(rows.copied, 'have')}"
+        said.append(f"{who} the answer of an equal one, which paid_by names")
+    return said
 
 
 def _token_lines(summary: RunSummary) -> list[str]:

@@ -34,6 +34,8 @@ def _rows(facts: EstimateFacts) -> str:
     more = [f"{facts.bad:,} bad", f"{facts.answered_before:,} answered before"]
     if facts.failed_before:
         more.append(f"{facts.failed_before:,} failed before")
+    if facts.copies:
+        more.append(f"{facts.copies:,} the same as others")
     return f"{facts.to_send:,} to send ({', '.join(more)})"
 
 

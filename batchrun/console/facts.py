@@ -40,6 +40,7 @@ class StartFacts(Struct, frozen=True, kw_only=True):
     failed_before: int = 0  # settled failures that stay as they are
     invalid: int = 0
     repeats: int = 0
+    following: int = 0  # rows that take the answer of another one to send
     over_limit: int = 0  # rows of the input that --limit leaves out
     continues_since_ms: int | None = None  # when the unfinished run began; None: none
     base_url: str
@@ -70,6 +71,7 @@ class ValidateFacts(Struct, frozen=True, kw_only=True):
     bad: int = 0
     bad_rows: tuple[BadRowFacts, ...] = ()  # may be fewer than ``bad``: the rest is counted
     repeats: int = 0
+    dedupe: bool = False  # they are not sent
     url: str | None = None  # None with --mock
     renamed: tuple[tuple[str, str], ...] = ()
     skipped: tuple[str, ...] = ()
@@ -102,6 +104,7 @@ class EstimateFacts(Struct, frozen=True, kw_only=True):
     bad: int = 0
     answered_before: int = 0
     failed_before: int = 0
+    copies: int = 0  # rows that take the answer of another one
     measured: int = 0  # answers held that tell their tokens
     prompt_tokens: Between
     completion_tokens: Between

@@ -33,7 +33,9 @@ def validate_block(facts: ValidateFacts) -> str:
     lines += _bad_rows(facts)
     if facts.repeats:
         repeat = verb(facts.repeats, "repeat")
-        lines += labelled("repeats", f"{count(facts.repeats, 'row')} {repeat} an earlier request")
+        once = " (not sent: --dedupe)" if facts.dedupe else ""
+        words = f"{count(facts.repeats, 'row')} {repeat} an earlier request{once}"
+        lines += labelled("repeats", words)
     for old, new in facts.renamed:
         lines += labelled("note", f'input column "{old}" is carried as "{new}"')
     if facts.skipped:
@@ -159,8 +161,9 @@ def _status_rows(rows: RowCounts) -> str:
 
 
 def _finished_rows(rows: RowCounts, causes: Sequence[ErrorCount]) -> str:
+    copied = f" ({rows.copied:,} of them by an equal row's answer)" if rows.copied else ""
     if not rows.error:
-        return f"{rows.ok:,} answered"
+        return f"{rows.ok:,} answered{copied}"
     by_kind: dict[str, int] = {}
     for cause in causes:
         by_kind[cause.kind] = by_kind.get(cause.kind, 0) + cause.rows

@@ -42,6 +42,8 @@ def start_lines(facts: StartFacts) -> list[str]:
     plan = [f"{facts.answered_before:,} reused", f"{facts.to_send:,} to send"]
     if facts.failed_before:
         plan.append(f"{facts.failed_before:,} failed before")
+    if facts.following:
+        plan.append(f"{facts.following:,} the same as others")
     if facts.invalid:
         plan.append(f"{facts.invalid:,} invalid")
     return [files, ", ".join([*plan, where]), *(f"note {note}" for note in _start_notes(facts))]
@@ -66,6 +68,8 @@ def _row_plan(facts: StartFacts) -> str:
         parts.append(f"{facts.invalid:,} invalid")
     again = f" ({facts.to_retry:,} of them again)" if facts.to_retry else ""
     parts.append(f"{facts.to_send:,} to send{again}" if facts.to_send else "nothing to send")
+    if facts.following:
+        parts.append(f"{facts.following:,} the same as others of them")
     return f"{facts.rows:,}: {', '.join(parts)}"
 
 

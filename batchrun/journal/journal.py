@@ -182,6 +182,10 @@ class Journal:
         """What is held for these slots, in sum."""
         return self._table.survey(slots)
 
+    def first_slot(self, hash: bytes) -> int:
+        """The slot of the first of the equal requests that rows of this pass have claimed."""
+        return self._table.first_of(hash)
+
     def lacking(self, hash: bytes) -> Iterator[int]:
         """The slots of this hash that rows of this pass have, and that hold no OK outcome."""
         table = self._table

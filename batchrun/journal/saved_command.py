@@ -45,6 +45,7 @@ class Saved(Struct, frozen=True, kw_only=True):
     sample: int | None = None
     seed: int = 0
     samples: int = 1
+    dedupe: bool = False
     shard: Shard | None = None
     carry: list[str] | None = None
     response_body: bool = True
@@ -77,6 +78,7 @@ def save_config(state: StateDir, config: RunConfig, model: str | None, hosts: li
         sample=config.sample,
         seed=config.seed,
         samples=config.samples,
+        dedupe=config.dedupe,
         shard=config.shard,
         carry=None if config.carry is None else list(config.carry),
         response_body=config.response_body,
@@ -126,6 +128,7 @@ def restored(saved: Saved) -> RunConfig:
         sample=saved.sample,
         seed=saved.seed,
         samples=saved.samples,
+        dedupe=saved.dedupe,
         shard=saved.shard,
         carry=None if saved.carry is None else tuple(saved.carry),
         response_body=saved.response_body,

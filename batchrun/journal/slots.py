@@ -152,6 +152,10 @@ class SlotTable:
     def total_in_doubt(self) -> int:
         return sum(self._in_doubt)
 
+    def first_of(self, hash_: bytes) -> int:
+        """The slot of the first occurrence of a hash; -1 for none. Within a pass only."""
+        return self._lookup(*_KEY.unpack(hash_))
+
     def slots_of(self, hash_: bytes) -> Iterator[int]:
         """The slots of every occurrence of a hash, in order."""
         if not self._index:

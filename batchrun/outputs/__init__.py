@@ -11,7 +11,7 @@ from batchrun.outputs.aside import (
 from batchrun.outputs.columns import NAMES
 from batchrun.outputs.footer import Aside, Footer, Schema, Table
 from batchrun.outputs.parquet import table_of
-from batchrun.outputs.parsed import names, parsed_columns, schema_of
+from batchrun.outputs.parsed import more_columns, names
 from batchrun.outputs.publish import publish
 from batchrun.outputs.read_back import (
     partial_of,
@@ -45,8 +45,8 @@ __all__ = [
     "clean_leftovers",
     "is_filtered",
     "is_truncated",
+    "more_columns",
     "names",
-    "parsed_columns",
     "partial_of",
     "publish",
     "read_back",
@@ -54,7 +54,6 @@ __all__ = [
     "read_wanted",
     "recognise",
     "remove_partial",
-    "schema_of",
     "slices_of",
     "table_of",
     "untyped_slices",

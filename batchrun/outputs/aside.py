@@ -11,7 +11,7 @@ import pyarrow as pa
 from batchrun import chat
 from batchrun.chat import CHAT, Api
 from batchrun.outputs.columns import INSTANT
-from batchrun.outputs.parquet import back_values, parquet_file, parquet_outcomes
+from batchrun.outputs.parquet import back_values, own_batches, parquet_file, parquet_outcomes
 from batchrun.outputs.rows import GROUP_ROWS, Slice
 from batchrun.types import Outcome
 
@@ -53,7 +53,7 @@ def answers_in(path: Path) -> Iterator[Mark]:
     """What marks each answer of a published Parquet file, in order."""
     with parquet_file(path) as file:
         names = ["status", *_MARK_COLUMNS[:3]]
-        for batch in file.iter_batches(GROUP_ROWS, columns=names, use_threads=False):
+        for batch in own_batches(file, GROUP_ROWS, names):
             for status, text, ended, identity in zip(
                 *(back_values(batch[name]) for name in names), strict=True
             ):

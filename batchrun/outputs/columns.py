@@ -118,6 +118,7 @@ COLUMNS: Final = (
     Column("request_hash", TEXT, _hashes, repeats=False, extra=True),
     Column("response_body", TEXT, _bodies, repeats=False),  # the last one: it may be left out
 )
+PAID_BY: Final = Column("paid_by", TEXT, lambda rows: rows.paid_by, repeats=False, extra=True)
 NAMES: Final = tuple(column.name for column in COLUMNS)
 _RESTORED: Final = [(each.name, each.field, each.null) for each in COLUMNS if each.field]
 _PASSING: Final[frozenset[str]] = frozenset(

@@ -51,6 +51,11 @@ class Footer(Struct, frozen=True, kw_only=True):
     aside: Aside | None = None
     collected_from: str = ""  # by ``collect``: the output, seen from this file's directory
 
+    @property
+    def dedupes(self) -> bool:
+        """Whether rows may be copies of others: the column ``paid_by`` is then ours."""
+        return self.publishing.get("dedupe") is True
+
 
 def footer_json(footer: Footer) -> bytes:
     return to_json(footer, strict=True)

@@ -15,7 +15,17 @@ from msgspec import Raw, Struct
 from batchrun import chat
 from batchrun.chat import Api
 from batchrun.errors import LocalIOError
-from batchrun.outputs.columns import COLUMNS, COUNT, INSTANT, SECONDS, SMALL, TEXT, Column, settled
+from batchrun.outputs.columns import (
+    COLUMNS,
+    COUNT,
+    INSTANT,
+    PAID_BY,
+    SECONDS,
+    SMALL,
+    TEXT,
+    Column,
+    settled,
+)
 from batchrun.outputs.footer import Footer, footer, footer_json
 from batchrun.outputs.parsed import PREFIX
 from batchrun.outputs.rows import ANSWERED, InvalidRow, Rows, Slice, cleaned
@@ -37,7 +47,7 @@ class _Error(Struct):
     message: str | None = None
 
 
-_EXTRA: Final = [column for column in COLUMNS if column.extra]
+_EXTRA: Final = [column for column in (*COLUMNS, PAID_BY) if column.extra]
 _PYTHON: Final = {TEXT: str, COUNT: int, SMALL: int, SECONDS: float, INSTANT: datetime}
 
 
@@ -67,9 +77,9 @@ class JsonlWriter:
     """OpenAI batch output lines. The last one waits: the footer becomes its ``batchrun.run``."""
 
     def __init__(
-        self, sink: Sink, response_body: bool, api: Api, parsed: Sequence[Column] = ()
+        self, sink: Sink, response_body: bool, api: Api, more: Sequence[Column] = ()
     ) -> None:
-        self._parsed = parsed
+        self._parsed = [column for column in more if column is not PAID_BY]
         self._sink = sink
         self._response_body = response_body
         self._api = api
@@ -244,9 +254,11 @@ class Untyped(NamedTuple):
 
 
 def jsonl_outcomes(path: Path, api: Api) -> Iterator[Outcome]:
-    """What a published file holds, in order, without invalid rows."""
+    """What a published file holds, in order, without invalid rows and copies."""
     for piece in _read(path):
-        yield from (each for each in _settled(piece, api) if type(each) is Outcome)
+        for each, payer in zip(_settled(piece, api), _payers(piece), strict=True):
+            if type(each) is Outcome and payer is None:
+                yield each
 
 
 def jsonl_slices(path: Path, api: Api) -> Iterator[Untyped]:
@@ -255,7 +267,8 @@ def jsonl_slices(path: Path, api: Api) -> Iterator[Untyped]:
         custom_ids = [line.custom_id for line in piece.lines]
         extras: list[Any] = [line.batchrun for line in piece.lines]
         sources = [f"{path}:{piece.first + at}" for at in range(len(piece.lines))]
-        rows = Slice(None, custom_ids, sources, _settled(piece, api))
+        payers = _payers(piece)
+        rows = Slice(None, custom_ids, sources, _settled(piece, api), payers)
         yield Untyped(rows, [extra.input or {} for extra in extras])
 
 
@@ -263,6 +276,10 @@ class _Piece(NamedTuple):
     first: int  # number of the first line, from 1
     lines: list[_BackLine]
     bodies: list[bytes]
+
+
+def _payers(piece: _Piece) -> list[str | None]:
+    return [cast("Any", line.batchrun).paid_by for line in piece.lines]
 
 
 _decode: Final = msgspec.json.Decoder(_BackLine).decode

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.chat import Api
-from batchrun.outputs.columns import COLUMNS, INSTANT, NAMES, Column, settled
+from batchrun.outputs.columns import COLUMNS, INSTANT, NAMES, PAID_BY, Column, settled
 from batchrun.outputs.footer import FOOTER_KEY, Footer, footer, footer_json
-from batchrun.outputs.parsed import names, schema_of
+from batchrun.outputs.parsed import names_of
 from batchrun.outputs.rows import ANSWERED, GROUP_ROWS, PIECE_ROWS, InvalidRow, Rows, Slice, cleaned
 from batchrun.outputs.target import Sink, reading
 from batchrun.types import Answer, Outcome, Usage
@@ -111,12 +111,24 @@ _SAID: Final = ("response", "finish_reason", "response_model", "usage", "reasoni
 def parquet_outcomes(
     file: pq.ParquetFile, api: Api, groups: list[int] | None = None
 ) -> Iterator[Outcome]:
-    """What a published file holds, in order, or some of its row groups; without invalid rows."""
+    """What a published file holds, in order, or some of its row groups.
+
+    Without invalid rows and copies: an answer is told once, by the row that paid.
+    """
     present = [name for name in _BACK if name in file.schema_arrow.names]
-    for batch in file.iter_batches(
-        PIECE_ROWS, row_groups=groups, columns=present, use_threads=False
-    ):
+    for batch in own_batches(file, PIECE_ROWS, present, groups):
         yield from (each for each in _settled(batch, present, api) if type(each) is Outcome)
+
+
+def own_batches(
+    file: pq.ParquetFile, rows: int, columns: list[str], groups: list[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """A published file without the rows that are copies of others."""
+    known = footer((file.metadata.metadata or {}).get(FOOTER_KEY, b""))
+    dedupes = known is not None and known.dedupes
+    read = [*columns, PAID_BY.name] if dedupes else columns
+    for batch in file.iter_batches(rows, row_groups=groups, columns=read, use_threads=False):
+        yield batch.filter(batch.column(PAID_BY.name).is_null()) if dedupes else batch
 
 
 def parquet_slices(path: Path, api: Api) -> tuple[pa.Schema, Iterator[Slice]]:
@@ -124,13 +136,14 @@ def parquet_slices(path: Path, api: Api) -> tuple[pa.Schema, Iterator[Slice]]:
     with reading(path), path.open("rb") as raw:
         schema = pq.read_schema(raw)
     known = parquet_footer(path)
-    taken = names(schema_of(known) if known else None)
+    taken = names_of(known or Footer())
     fields = [field for field in schema if field.name not in taken]
     carried = pa.schema(fields, metadata=schema.metadata)
-    return carried, _slices(path, carried.names, api)
+    dedupes = known is not None and known.dedupes
+    return carried, _slices(path, carried.names, api, dedupes=dedupes)
 
 
-def _slices(path: Path, carried: list[str], api: Api) -> Iterator[Slice]:
+def _slices(path: Path, carried: list[str], api: Api, *, dedupes: bool) -> Iterator[Slice]:
     done = 0
     with parquet_file(path) as file:
         for batch in file.iter_batches(PIECE_ROWS, use_threads=False):
@@ -139,7 +152,8 @@ def _slices(path: Path, carried: list[str], api: Api) -> Iterator[Slice]:
             sources = [f"{path}:{done + at}" for at in range(1, batch.num_rows + 1)]
             done += batch.num_rows
             custom_ids = batch.column("custom_id").to_pylist()
-            yield Slice(batch.select(carried), custom_ids, sources, outcomes)
+            paid_by = batch.column(PAID_BY.name).to_pylist() if dedupes else None
+            yield Slice(batch.select(carried), custom_ids, sources, outcomes, paid_by)
 
 
 def _settled(batch: pa.RecordBatch, names: Collection[str], api: Api) -> list[Outcome | InvalidRow]:

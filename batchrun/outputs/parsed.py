@@ -11,7 +11,7 @@ import pyarrow as pa
 from batchrun import chat
 from batchrun.chat import AnswerSchema
 from batchrun.config import JSONValue
-from batchrun.outputs.columns import NAMES, TEXT, Column
+from batchrun.outputs.columns import NAMES, PAID_BY, TEXT, Column
 from batchrun.outputs.footer import Footer
 from batchrun.outputs.rows import Rows
 
@@ -31,9 +31,21 @@ def _as_int64(value: JSONValue) -> int | None:
     return whole if whole is not None and -(1 << 63) <= whole < 1 << 63 else None
 
 
-def names(schema: AnswerSchema | None) -> tuple[str, ...]:
+def names(schema: AnswerSchema | None, *, dedupe: bool = False) -> tuple[str, ...]:
     """All columns that are not the input's."""
-    return NAMES + tuple(column.name for column in parsed_columns(schema))
+    more = (*([PAID_BY] if dedupe else ()), *parsed_columns(schema))
+    return NAMES + tuple(column.name for column in more)
+
+
+def names_of(footer: Footer) -> tuple[str, ...]:
+    """Those of an output."""
+    return names(schema_of(footer), dedupe=footer.dedupes)
+
+
+def more_columns(footer: Footer) -> list[Column]:
+    """Those of an output beside the ones that every output has, in their order."""
+    paid_by = [PAID_BY] if footer.dedupes else []
+    return [*paid_by, *parsed_columns(schema_of(footer))]
 
 
 def schema_of(footer: Footer) -> AnswerSchema | None:

@@ -43,6 +43,12 @@ _NOT_SENT = Outcome(
 )
 
 
+_NO_EFFORT = {
+    name: getattr(_NOT_SENT, name)
+    for name in ("attempts", "in_doubt", "latency_s", "ttft_s", "usage", "occurrence")
+}
+
+
 class InvalidRow(Struct, frozen=True, gc=False):
     """A row that could not become a request; ``reason`` says why, without file and line."""
 
@@ -55,13 +61,15 @@ class Slice(NamedTuple):
 
     ``carried`` has one row for each outcome and the schema given to ``publish``. ``sources`` are
     looked at for failed rows only, so they may be made lazily. An outcome None is a row still
-    pending: it is counted and left out.
+    pending: it is counted and left out. ``paid_by`` names for each row the one whose answer it
+    takes, None where its own; None altogether where no row is a copy.
     """
 
     carried: pa.RecordBatch | None
     custom_ids: Sequence[str]
     sources: Sequence[str]  # "prompts.jsonl:214"
     outcomes: Sequence[Outcome | InvalidRow | None]
+    paid_by: Sequence[str | None] | None = None
 
 
 class Rows(NamedTuple):
@@ -73,6 +81,7 @@ class Rows(NamedTuple):
     tokens: Tokens
     answers: Answers
     costs: Sequence[float | None]  # US dollars
+    paid_by: Sequence[str | None]  # custom_ids
 
     def answer(self, at: int) -> Answer:
         said = self.answers
@@ -100,6 +109,7 @@ def pieces(whole: Slice) -> Iterator[Slice]:
             whole.custom_ids[start:end],
             [whole.sources[at] for at in range(start, end)],
             whole.outcomes[start:end],
+            None if whole.paid_by is None else whole.paid_by[start:end],
         )
         start = end
 
@@ -131,6 +141,10 @@ def told(piece: Slice, tally: OutputTally, api: Api) -> tuple[Rows, pa.RecordBat
         # Typed, for a piece without any answer: an empty list alone would be of type null.
         carried = None if carried is None else carried.take(pa.array(kept, pa.int64()))
     found = [piece.outcomes[at] for at in kept]
+    paid_by: list[str | None] = [None] * len(found)
+    if piece.paid_by is not None:
+        paid_by = [piece.paid_by[at] for at in kept]
+        _copy(found, paid_by, tally)
     ok = [at for at, each in enumerate(found) if type(each) is Outcome and each.kind == "ok"]
     failed: list[Outcome | None] = [None] * len(found)
     if len(ok) < len(found):
@@ -141,7 +155,7 @@ def told(piece: Slice, tally: OutputTally, api: Api) -> tuple[Rows, pa.RecordBat
             row = cast("Outcome | InvalidRow", found[at])
             source = clean(piece.sources[kept[at]])
             found[at] = failed[at] = _failed(custom_ids[at], row, source, tally)
-    rows = _rows(custom_ids, cast("list[Outcome]", found), failed, tally.price, api)
+    rows = _rows(custom_ids, cast("list[Outcome]", found), failed, tally.price, api, paid_by)
     _tell_ok(rows, ok, tally)
     return rows, carried
 
@@ -152,6 +166,7 @@ def _rows(
     failed: Sequence[Outcome | None],
     price: Price | None,
     api: Api,
+    paid_by: Sequence[str | None],
 ) -> Rows:
     usages = [outcome.usage for outcome in outcomes]
     tokens = Tokens(
@@ -163,7 +178,18 @@ def _rows(
     )
     bodies = [o.body if o.kind in ANSWERED else api.nothing for o in outcomes]
     costs = [None] * len(usages) if price is None else list(map(price.cost_usd, usages))
-    return Rows(custom_ids, outcomes, failed, tokens, api.columns(bodies), costs)
+    return Rows(custom_ids, outcomes, failed, tokens, api.columns(bodies), costs, paid_by)
+
+
+def _copy(
+    found: list[Outcome | InvalidRow | None], paid_by: Sequence[str | None], tally: OutputTally
+) -> None:
+    """Take from copies what belongs to the row that paid: attempts, time, tokens."""
+    for at, name in enumerate(paid_by):
+        row = found[at]
+        if name is not None and type(row) is Outcome:
+            found[at] = msgspec.structs.replace(row, **_NO_EFFORT)
+            tally.note_copy()
 
 
 def _tell_ok(rows: Rows, ok: list[int], tally: OutputTally) -> None:
@@ -190,7 +216,9 @@ def _failed(custom_id: str, row: Outcome | InvalidRow, source: str, tally: Outpu
 def cleaned(rows: Rows) -> Rows:
     """The rows with texts that UTF-8 can hold; a journal or a header may have brought others."""
     return rows._replace(
-        custom_ids=list(map(clean, rows.custom_ids)), outcomes=list(map(_clean, rows.outcomes))
+        custom_ids=list(map(clean, rows.custom_ids)),
+        outcomes=list(map(_clean, rows.outcomes)),
+        paid_by=[name and clean(name) for name in rows.paid_by],
     )
 
 

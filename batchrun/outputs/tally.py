@@ -191,6 +191,12 @@ class OutputTally:
     def _count(self, rows: int) -> None:
         self.rows.total = (self.rows.total or 0) + rows
 
+    def note_copy(self) -> None:
+        """One of the rows told has another one's answer, whose usage that one told."""
+        self.rows.copied += 1
+        self.rows.duplicate += 1
+        self._tokens.rows_without_usage -= 1
+
     def note_models(self, models: Iterable[str]) -> None:
         """Models asked, in the order in which rows ask them."""
         for model in dict.fromkeys(models):

@@ -20,10 +20,10 @@ from batchrun.journal import Journal, Saved, StateDir, holder, read_saved, resto
 from batchrun.money import Price
 from batchrun.outputs import Footer, OutputTally, Schema, Slice, Table, Target
 from batchrun.runs import passes
-from batchrun.runs.asking import answer_schema, prompt_settings
+from batchrun.runs.asking import prompt_settings
 from batchrun.runs.facts import now_utc
 from batchrun.runs.place import state_of
-from batchrun.runs.plan import make_plan
+from batchrun.runs.plan import make_plan, with_copies
 from batchrun.runs.sources import lay_out, never_stop
 from batchrun.runs.status import footer_of
 
@@ -54,7 +54,7 @@ def _collected(
     spool = state.spool() if STDIN in config.inputs else None
     files = inputs.resolve(config.inputs, config.input_format, spool=spool, output=Path(output))
     sources = lay_out(files.files, prompt_settings(config), config)
-    planned = make_plan(sources, config, book, never_stop)
+    planned = with_copies(make_plan(sources, config, book, never_stop), book, config)
     place = _target_of(target, output, book.header.run_id, [each.path for each in files.files])
     tally = OutputTally(config.price)
     footer = Footer(
@@ -77,7 +77,7 @@ def _collected(
         footer,
         tally,
         response_body=config.response_body,
-        more=outputs.parsed_columns(answer_schema(config)),
+        more=outputs.more_columns(footer),
     )
     return CollectFacts(
         output=target,
@@ -109,7 +109,7 @@ def _converted(output: str, target: str) -> CollectFacts:
         footer,
         tally,
         response_body=bool(footer.publishing.get("response_body", True)),
-        more=outputs.parsed_columns(outputs.schema_of(footer)),
+        more=outputs.more_columns(footer),
     )
     return CollectFacts(
         output=target,
@@ -134,7 +134,7 @@ def read(output: str, columns: Sequence[str] | None = None) -> Table:
     schema, slices = _published_slices(path)
     made = io.BytesIO()
     tally = OutputTally(Price.remembered(footer.publishing))
-    more = outputs.parsed_columns(outputs.schema_of(footer))
+    more = outputs.more_columns(footer)
     outputs.publish(made, "parquet", schema, slices, footer, tally, response_body=True, more=more)
     made.seek(0)
     return outputs.table_of(made, columns)

@@ -16,6 +16,7 @@ from batchrun.console import Progress
 from batchrun.errors import BatchrunError, EndpointRefused, UsageError
 from batchrun.inputs import image_urls
 from batchrun.runs.asking import chat_endpoint, prompt_settings
+from batchrun.runs.equals import Equals
 from batchrun.runs.spending import budget_of, check_bounded, check_price
 from batchrun.sending import Budget, EarlyEnd, Feed, Sender, Spent, asked, outcome_of, refusal
 from batchrun.types import Answer, Attempt, Decision, Outcome, Request, Result, Tries
@@ -38,7 +39,7 @@ async def complete(
     end = EarlyEnd()
     async with chat_endpoint(config) as endpoint:
         how = asked(endpoint.send, config, end.requested.is_set)
-        desk = _ResultDesk(endpoint.host, how.spent)
+        desk = _ResultDesk(endpoint.host, how.spent, Equals() if config.dedupe else None)
         reader = _Reader(_Builders(config, budget), iter(requests), desk, end)
         # Whoever leaves the block, or is refused, waits for nothing.
         hasty = replace(config, drain_s=0.0)
@@ -78,9 +79,10 @@ async def _results(
 class _ResultDesk:
     """Hands what the pool reports to the caller: nothing is journaled."""
 
-    def __init__(self, host: str, spent: Callable[[Request], Spent]) -> None:
+    def __init__(self, host: str, spent: Callable[[Request], Spent], equals: Equals | None) -> None:
         self._host = host
         self._spent = spent
+        self._equals = equals
         self._ids: dict[int, str] = {}  # row -> custom_id, of rows on their way
         self._results: deque[Result] = deque()
         self._ended = False
@@ -104,12 +106,21 @@ class _ResultDesk:
 
     async def room(self) -> None:
         """Wait until neither too many rows are on their way nor too many results unread."""
-        while len(self._results) >= UNREAD_RESULTS or len(self._ids) >= UNREAD_RESULTS:
+        while len(self._results) >= UNREAD_RESULTS or self._on_their_way() >= UNREAD_RESULTS:
             self._room.clear()
             await self._room.wait()
 
-    def expect(self, row: int, custom_id: str) -> None:
-        self._ids[row] = custom_id
+    def _on_their_way(self) -> int:
+        return len(self._ids) + (self._equals.waiting if self._equals else 0)
+
+    def expect(self, request: Request, custom_id: str) -> bool:
+        """Whether this request is to be sent; if not, its result is that of an equal one."""
+        if self._equals is not None and not self._equals.is_first(request.hash, custom_id):
+            for result in self._equals.ready(request.hash):
+                self.give(result)
+            return False
+        self._ids[request.row] = custom_id
+        return True
 
     def give(self, result: Result) -> None:
         self._results.append(result)
@@ -131,7 +142,11 @@ class _ResultDesk:
 
     def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
         outcome = outcome_of(request, attempt, decision, tries, self._spent(request))
-        self.give(result_of(self._ids.pop(request.row), outcome))
+        result = result_of(self._ids.pop(request.row), outcome)
+        self.give(result)
+        if self._equals is not None:
+            for copy in self._equals.settled(request.hash, result):
+                self.give(copy)
         self._room.set()
 
     def resent(self, times: int) -> None:
@@ -175,7 +190,8 @@ class _Reader:
                 self._desk.give(built)
                 continue
             request, custom_id = built
-            self._desk.expect(number, custom_id)
+            if not self._desk.expect(request, custom_id):
+                continue
             if not feed.put([request], wait=False):
                 return
             staff()

@@ -54,15 +54,16 @@ def say_start(begun: Begun, found: Found, opened: Opened, plan: Plan) -> None:
     """The first block, and the bar."""
     facts, counts = start_facts(begun, found, opened, plan), plan.counts
     begun.talk.print_block(console.start_block(facts), console.start_lines(facts))
-    done = counts.total - counts.to_send
-    begun.talk.begin(counts.total, done, timeout_s=begun.config.timeout_s)
+    total = counts.total - counts.following
+    begun.talk.begin(total, total - counts.to_send, timeout_s=begun.config.timeout_s)
 
 
 async def send(begun: Begun, opened: Opened, plan: Plan, budget: Budget | None) -> Sent:
     """Send until every pending row is settled or something ends the run: ``delivered.cause``."""
     config, state, started_s = begun.config, begun.state, time.monotonic()
     rows = plan.counts.rows()
-    before = Totals(plan.counts.total, rows.ok, rows.error)
+    # A row that takes another one's answer is not waited for.
+    before = Totals(plan.counts.total - plan.counts.following, rows.ok, rows.error)
     requests = passes.requests(plan, opened.book, config)
     job = Job(config, requests, len(plan.models) < 2, before, budget, plan.counts.to_send)
     save_config(state, config, model_of(config), hosts_of(config, opened))

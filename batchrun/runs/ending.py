@@ -41,6 +41,9 @@ def early(cause: BatchrunError, begun: Begun, phases: Phases) -> RunSummary:
     if not keeps_state:
         steps = ["--state DIR would keep the answers; now they are gone"]
     delivered = sent.delivered if sent else None
+    rows = RowCounts()
+    if plan is not None and phases.opened is not None:
+        rows = plan.counts.rows(delivered, plan.copied(phases.opened.book) if sent else None)
     return _closed(
         replace(
             _summary(begun, phases),
@@ -49,7 +52,7 @@ def early(cause: BatchrunError, begun: Begun, phases: Phases) -> RunSummary:
             reason=cause.message,
             state_dir=str(begun.state.path) if keeps_state else None,
             request_models=sorted(filter(None, plan.models)) if plan else [],
-            rows=plan.counts.rows(delivered) if plan else RowCounts(),
+            rows=rows,
             errors=delivered.tally.errors if delivered else [],
             next_steps=steps,
         )

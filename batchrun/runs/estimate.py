@@ -20,7 +20,7 @@ from batchrun.runs import passes, place
 from batchrun.runs.asking import model_of, prompt_settings
 from batchrun.runs.opening import header_of
 from batchrun.runs.other_parts import take_over
-from batchrun.runs.plan import Plan, make_plan
+from batchrun.runs.plan import Plan, make_plan, with_copies
 from batchrun.runs.reuse import reuse
 from batchrun.runs.sources import lay_out, never_stop, shapes
 from batchrun.runs.unused import Unused
@@ -72,6 +72,7 @@ class _Found(msgspec.Struct):
     answered: int = 0
     failed: int = 0
     to_send: int = 0
+    copies: int = 0
     body_bytes: int = 0
     bounded: int = 0  # tokens of answers at most
     unbounded: int = 0  # rows whose answers have no bound
@@ -109,6 +110,7 @@ def estimate(config: RunConfig) -> EstimateFacts:
             Unused.of(config, state, synthetic=config.mock).take_back(book, never_stop)
             take_over(config, sources, plan.chosen, book, never_stop)
             reuse(config, book, never_stop)
+            plan = with_copies(plan, book, config)
             found = _read(plan, config, book)
     return _facts(found, config)
 
@@ -137,6 +139,8 @@ def _held(config: RunConfig, header: Header) -> Iterator[Outcome]:
 
 def _read(plan: Plan, config: RunConfig, book: Journal) -> _Found:
     found = _Found(rows=plan.counts.total, bad=plan.counts.invalid)
+    if plan.copies is not None:
+        found.copies = plan.copies.rows
     to_send = passes.to_send(config)
     for request in passes.every(plan, book, config, tuple(Held)):
         held = book.held(request.slot)
@@ -171,6 +175,7 @@ def _facts(found: _Found, config: RunConfig) -> EstimateFacts:
         answered_before=found.answered,
         failed_before=found.failed,
         to_send=found.to_send,
+        copies=found.copies,
         measured=found.prompts.n,
         prompt_tokens=prompt,
         completion_tokens=answer,

@@ -32,17 +32,18 @@ def file_facts(source: Source, rows: int) -> FileFacts:
 
 def start_facts(begun: Begun, found: Found, opened: Opened, plan: Plan) -> StartFacts:
     config, counts, endpoint = begun.config, plan.counts, begun.config.endpoint
-    held = counts.held_ok + counts.held_failed + counts.retried
+    held = counts.settled + counts.retried
     return StartFacts(
         files=tuple(file_facts(source, counts.rows_of[source]) for source in found.sources),
         output=config.output,
         rows=counts.total,
         to_send=counts.to_send,
         to_retry=counts.retried,
-        answered_before=counts.held_ok,
-        failed_before=counts.held_failed,
+        answered_before=counts.held_ok + counts.copied.ok,
+        failed_before=counts.held_failed + counts.copied.failed,
         invalid=counts.invalid,
-        repeats=counts.repeats if config.samples == 1 else 0,
+        repeats=counts.repeats if config.samples == 1 and not config.dedupe else 0,
+        following=counts.following,
         continues_since_ms=(
             opened.book.header.created_at_ms if opened.continues and held else None
         ),

@@ -78,7 +78,7 @@ def _merged(path: Path, parts: Sequence[_Part], allowed: Allowance) -> MergeFact
         footer,
         tally,
         response_body=bool(publishing.get("response_body", True)),
-        more=outputs.parsed_columns(outputs.schema_of(first)),
+        more=outputs.more_columns(footer),
     )
     return MergeFacts(
         output=str(path),

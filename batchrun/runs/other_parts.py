@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from batchrun import outputs
 from batchrun.chat import Identity
 from batchrun.config import RunConfig
@@ -17,6 +19,7 @@ from batchrun.runs.reuse import wanted
 from batchrun.runs.sources import CheckStop, Chosen, Source, batches
 from batchrun.runs.unused import give, mark_of
 from batchrun.shards import parts_of, whole_of
+from batchrun.types import NO_USAGE, Outcome
 
 
 def take_over(
@@ -31,6 +34,9 @@ def take_over(
         return 0
     before = _asked_before(sources, chosen, book, check_stop)
     taken = _share_out(others, before, book, check_stop)
+    if config.dedupe:
+        # An answer that an earlier part has is not asked for again; that part tells what it cost.
+        taken += _share_out(others, {}, book, check_stop, paid_elsewhere=True)
     if taken:
         book.sync()
     return taken
@@ -74,7 +80,12 @@ def _asked_before(
 
 
 def _share_out(
-    paths: Sequence[Path], before: Mapping[bytes, int], book: Journal, check_stop: CheckStop
+    paths: Sequence[Path],
+    before: Mapping[bytes, int],
+    book: Journal,
+    check_stop: CheckStop,
+    *,
+    paid_elsewhere: bool = False,
 ) -> int:
     """Give the rows of this part what is settled there; how many.
 
@@ -93,6 +104,10 @@ def _share_out(
                     if same.setdefault(mark_of(each), len(same)) < before[each.hash]:
                         continue
                 if each.final:
-                    own.append(each)
+                    own.append(_without_effort(each) if paid_elsewhere else each)
             taken += give(book, own)
     return taken
+
+
+def _without_effort(outcome: Outcome) -> Outcome:
+    return replace(outcome, attempts=0, in_doubt=0, usage=NO_USAGE)

@@ -10,6 +10,7 @@ from batchrun.config import RunConfig
 from batchrun.inputs import BadRow, Batch, Row, Rows
 from batchrun.journal import Held, Journal
 from batchrun.outputs import InvalidRow, Schema, Slice
+from batchrun.runs.copies import Payers
 from batchrun.runs.plan import BATCH_ROWS, INVALID, Plan
 from batchrun.runs.sources import (
     CheckStop,
@@ -57,6 +58,8 @@ def every(
         first, row_number = row_number, row_number + len(batch)
         slots = plan.slots[first:row_number]
         places = _places(slots, held, journal)
+        if plan.copies is not None:
+            places = [at for at in places if not plan.copies.is_copy(first + at)]
         used = journal.used([slots[index] for index in places])
         for index in places:
             slot = slots[index]
@@ -100,6 +103,7 @@ def slices(
         # Why a row is invalid is found out again: reasons for 10,000,000 bad rows are not kept.
         return source.layout.columns_needed if plan.counts.invalid_of[source] else (chat.CUSTOM_ID,)
 
+    payers = Payers()
     row_number = 0
     reading = batches(
         plan.sources, plan.chosen, check_stop, columns=identifying, carried=plan.carried
@@ -112,7 +116,12 @@ def slices(
         samples, before = plan.chosen.samples, plan.chosen.rows_before
         custom_ids = _custom_ids(batch.rows, first + before * samples, samples)
         outcomes = _outcomes(source, batch, slots, journal)
-        yield Slice(batch.carried, custom_ids, Places(source.file.name, batch.lines), outcomes)
+        paid_by = None
+        if plan.copies is not None:
+            marks = plan.copies.marks(first, row_number)
+            paid_by = payers.names(marks, slots, custom_ids)
+        places = Places(source.file.name, batch.lines)
+        yield Slice(batch.carried, custom_ids, places, outcomes, paid_by)
     check_unchanged(plan.sources)
 
 

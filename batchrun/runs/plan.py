@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from operator import add
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,6 +27,7 @@ from batchrun.errors import UsageError
 from batchrun.inputs import SAMPLE, BadRow, Carried, ColumnTypes, RepeatedIds, Row, Rows
 from batchrun.journal import Held, Journal, Survey
 from batchrun.runs.asking import answer_schema
+from batchrun.runs.copies import COPY, Copies, find_copies
 from batchrun.runs.opening import Begun, Opened
 from batchrun.runs.other_parts import take_over
 from batchrun.runs.reuse import reuse
@@ -50,8 +53,19 @@ USUAL_ANSWER_BYTES = 1_000
 INVALID = 0xFFFFFFFF
 # A batch for the feed: large enough that handing over costs nothing, small enough to flow.
 BATCH_ROWS = 256
+FAILED = (Held.REJECTED, Held.PASSING)
 MAX_NAMED_MODELS = 3
 MAX_NAMED_COLUMNS = 5
+
+
+class Copied(NamedTuple):
+    """Copies of rows that are settled."""
+
+    ok: int
+    failed: int
+
+
+NOT_COPIED = Copied(0, 0)
 
 
 @dataclass(slots=True)
@@ -65,6 +79,8 @@ class Counts:
     retried: int = 0  # failed before, sent again
     new: int = 0
     repeats: int = 0
+    copies: int = 0  # rows that take the answer of an equal one
+    copied: Copied = NOT_COPIED  # of those: what was held
     model_replaced: int = 0
     models_replaced: set[str] = field(default_factory=set)
     params_replaced: Counter[str] = field(default_factory=Counter)
@@ -81,9 +97,23 @@ class Counts:
     def to_send(self) -> int:
         return self.retried + self.new
 
-    def rows(self, delivered: Delivered | None = None) -> RowCounts:
-        """The rows as they stand after sending; the output itself knows more of them."""
-        ok, failed = self.held_ok, self.held_failed + self.invalid
+    @property
+    def settled(self) -> int:
+        """Rows answered or failed for good before anything is sent, but for invalid ones."""
+        return self.held_ok + self.held_failed + sum(self.copied)
+
+    @property
+    def following(self) -> int:
+        """Rows whose answer comes with that of another one."""
+        return self.copies - sum(self.copied)
+
+    def rows(self, delivered: Delivered | None = None, copied: Copied | None = None) -> RowCounts:
+        """The rows as they stand after sending; the output itself knows more of them.
+
+        ``copied`` is what is held for copies by then.
+        """
+        copied = copied or self.copied
+        ok, failed = self.held_ok + copied.ok, self.held_failed + self.invalid + copied.failed
         sent = delivered.tally if delivered else RunTally()
         failed -= delivered.reopened if delivered else 0
         passing = sum(cause.rows for cause in sent.errors if cause.retried_on_rerun)
@@ -94,11 +124,12 @@ class Counts:
             # Those that failed alike and are pending again fail no more.
             passing=min(passing, failed + sent.failed),
             pending=self.total - ok - failed - sent.done,
-            reused=self.held_ok + self.held_failed,
+            reused=self.settled,
             truncated=sent.truncated,
             filtered=sent.filtered,
             empty=sent.empty,
             duplicate=self.repeats,
+            copied=self.copies,
         )
 
 
@@ -115,6 +146,33 @@ class Plan:
     warnings: tuple[str, ...] = ()  # also for the end
     taken_back: int = 0  # answers that had been set aside
     chosen: Chosen = EVERY_ROW
+    copies: Copies | None = None  # None: every row has its own answer
+
+    def copied(self, journal: Journal, failures: Collection[Held] = FAILED) -> Copied:
+        """What is held for copies now, of failures those."""
+        held = [0] * len(Held)
+        for slots in self._slots(copies=True):
+            held = list(map(add, held, journal.survey(slots).held))
+        return Copied(held[Held.OK], sum(held[each] for each in failures))
+
+    def own_slots(self) -> Iterator[list[int]]:
+        """The slots of valid rows that are no copies, not many at once."""
+        return self._slots(copies=False)
+
+    def _slots(self, *, copies: bool) -> Iterator[list[int]]:
+        if copies and self.copies is None:
+            return
+        for first in range(0, len(self.slots), BATCH_ROWS):
+            slots = self.slots[first : first + BATCH_ROWS]
+            if self.copies is None:
+                yield [slot for slot in slots if slot != INVALID]
+                continue
+            marks = self.copies.marks(first, first + BATCH_ROWS)
+            yield [
+                slot
+                for slot, mark in zip(slots, marks, strict=True)
+                if slot != INVALID and (mark == COPY) is copies
+            ]
 
 
 def make_plan(
@@ -139,7 +197,7 @@ def make_plan(
 
 def taken_names(config: RunConfig) -> tuple[str, ...]:
     """Columns of the output that are not the input's."""
-    taken = outputs.names(answer_schema(config))
+    taken = outputs.names(answer_schema(config), dedupe=config.dedupe)
     return taken if config.samples == 1 else (*taken, SAMPLE)
 
 
@@ -156,9 +214,10 @@ def plan_run(begun: Begun, sources: Sequence[Source], opened: Opened) -> Plan:
         taken_back = unused.take_back(book, check_stop)
         reused = take_over(config, sources, plan.chosen, book, check_stop)
         reused += reuse(config, book, check_stop)
+    plan = with_copies(plan, book, config)
     book.forget_passes()
     given_up = 0 if config.retry_failed else _give_up_doubtful(plan, book, config)
-    if taken_back or reused or given_up:
+    if taken_back or reused or given_up or plan.copies is not None:
         _count_held(plan, book, config)
     _check_limit(config, book)
     _check_model(plan.models)
@@ -167,6 +226,13 @@ def plan_run(begun: Begun, sources: Sequence[Source], opened: Opened) -> Plan:
         said += (f"{count(reused, 'answer')} {verb(reused, 'are')} reused from other outputs",)
     warnings = tuple(_warnings(begun, opened, plan))
     return replace(plan, taken_back=taken_back, notes=said, warnings=warnings)
+
+
+def with_copies(plan: Plan, book: Journal, config: RunConfig) -> Plan:
+    """With ``--dedupe``: rows that ask the same share the slot of the first one."""
+    if not config.dedupe:
+        return plan
+    return replace(plan, copies=find_copies(plan.slots, INVALID, book, config))
 
 
 def _check_limit(config: RunConfig, book: Journal) -> None:
@@ -280,9 +346,12 @@ def _count_held(plan: Plan, journal: Journal, config: RunConfig) -> None:
     """Count anew what the journal holds for the rows, after it has come to hold more."""
     counts = plan.counts
     counts.held_ok = counts.held_failed = counts.retried = counts.new = counts.repeats = 0
-    for first in range(0, len(plan.slots), BATCH_ROWS):
-        slots = [slot for slot in plan.slots[first : first + BATCH_ROWS] if slot != INVALID]
+    for slots in plan.own_slots():
         _count(counts, journal.survey(slots), config)
+    if plan.copies is not None:
+        counts.copies = plan.copies.rows
+        counts.repeats += counts.copies
+        counts.copied = plan.copied(journal, () if config.retry_failed else (Held.REJECTED,))
 
 
 def _may_replace(layout: Layout, config: RunConfig) -> bool:

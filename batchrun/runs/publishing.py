@@ -13,7 +13,6 @@ from batchrun.errors import BatchrunError
 from batchrun.journal import Journal
 from batchrun.outputs import Footer, OutputTally
 from batchrun.runs import passes
-from batchrun.runs.asking import answer_schema
 from batchrun.runs.delivery import hosts_of
 from batchrun.runs.facts import now_utc, utc
 from batchrun.runs.opening import Begun, Found, Opened
@@ -68,7 +67,7 @@ def publish(begun: Begun, found: Found, opened: Opened, plan: Plan) -> Footer:
         footer,
         OutputTally(config.price),
         response_body=config.response_body,
-        more=outputs.parsed_columns(answer_schema(config)),
+        more=outputs.more_columns(footer),
     )
 
 
@@ -90,7 +89,7 @@ def clear_up(begun: Begun, found: Found, opened: Opened, plan: Plan, footer: Foo
             notes.append(f"{other} is older than this output; it may be removed")
     return Published(
         footer,
-        reused=plan.counts.held_ok + plan.counts.held_failed,
+        reused=plan.counts.settled,
         prompt_column=_shown_prompt(found, plan),
         state_dir=state_dir if keeps_state else None,
         notes=tuple(notes),

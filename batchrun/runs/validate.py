@@ -48,7 +48,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
                         place = f"{source.file.name}:{line}"
                         bad_rows.append(BadRowFacts(place, built.reason, built.code))
                     continue
-                repeats += table.occurrence(table.claim(built.hash)) > 0
+                repeats += table.occurrence(table.claim(built.hash)) >= chosen.samples
                 if len(bodies) < max(show, 1):
                     bodies.append(chat.encode(built.body).decode())
         carried = types.carried()
@@ -58,6 +58,7 @@ def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
             bad=bad,
             bad_rows=tuple(bad_rows),
             repeats=repeats,
+            dedupe=config.dedupe,
             url=hidden_in_url(config.endpoint.url) or None,
             renamed=tuple(carried.renamed),
             notes=tuple(notes(sources, carried, ids)),
