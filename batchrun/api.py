@@ -77,6 +77,7 @@ class Options(Where, total=False):
     headers: tuple[tuple[str, Secret], ...]
     stream: bool
     concurrency: int | None
+    processes: int
     rpm: float | None
     tpm: float | None
     max_retries: int

@@ -62,7 +62,8 @@ STDIN = "-"
 STDOUT = "-"
 STATE_SUFFIX = ".batchrun"
 CURRENT = "/./"  # in a path: what stands before it is only where the rest lies
-MAX_CONCURRENCY = 512
+MAX_CONCURRENCY = 512  # of one process
+MAX_PROCESSES = 64
 
 # More of anything than a machine can count or wait for; clocks and 64-bit integers end there too.
 TOO_MUCH = 1e12
@@ -124,7 +125,8 @@ class RunConfig:
     endpoint: Endpoint = MOCK
     headers: tuple[tuple[str, Secret], ...] = ()
     stream: bool = False
-    concurrency: int | None = None  # None: found while running
+    concurrency: int | None = None  # over all processes; None: found while running
+    processes: int = 1  # that send
     rpm: float | None = None
     tpm: float | None = None
     max_retries: int = 5
@@ -166,6 +168,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive("--concurrency", self.concurrency)
+        if not 1 <= self.processes <= MAX_PROCESSES:
+            raise UsageError(f"--processes has to be 1 to {MAX_PROCESSES}, not {self.processes:,}")
         _positive("--rpm", self.rpm)
         _positive("--tpm", self.tpm)
         _positive("--timeout", self.timeout_s)

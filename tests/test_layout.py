@@ -38,8 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inputs": {"chat", "journal"},
     "outputs": {"chat"},
     "sending": {"chat", "limits", "journal", "outputs", "console"},
+    "processes": {"endpoint"},
     "runs": {
-        *("inputs", "chat", "endpoint", "sending", "journal", "outputs", "console", "mock"),
+        *("inputs", "chat", "processes", "sending", "journal", "outputs", "console", "mock"),
     },
     "api": {"runs", "console"},
     "cli": {"runs", "console", "mock"},

@@ -278,9 +278,10 @@ DELIVERY = (
         "-c",
         type=number_or_auto,
         metavar="N|auto",
-        shows="auto, found while running, up to 512",
+        shows="auto, found while running, up to 512 for each process",
         help="Requests in flight, at most.",
     ),
+    _pace("--processes", metavar="N", help="Processes that send, for more than one core."),
     _pace("--rpm", type=float, shows="what headers say", help="Requests a minute, at most."),
     _pace("--tpm", type=float, shows="what headers say", help="Tokens a minute, at most."),
     _failures(

@@ -63,6 +63,7 @@ class ChatEndpoint:
     ) -> None:
         self.host = endpoint.host
         self.room = room
+        self.notes = ()
         self._endpoint = endpoint
         self._api = api
         self._url = URL(endpoint.url, encoded=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from batchrun import process
 from batchrun.chat import AnswerSchema, PromptSettings
 from batchrun.config import MAX_CONCURRENCY, RunConfig
-from batchrun.endpoint import ChatEndpoint
 from batchrun.errors import UsageError
 from batchrun.mock import Knobs, MockServer
-from batchrun.providers import DEFAULT_MODEL, MOCK, Endpoint, full_url, provider_of
-from batchrun.secret import Secret
+from batchrun.processes import Crew, Terms
+from batchrun.providers import DEFAULT_MODEL, MOCK, full_url, provider_of
+from batchrun.sending import OpenEndpoint
 
 
 def prompt_settings(config: RunConfig) -> PromptSettings:
@@ -58,43 +58,48 @@ def check_endpoint(config: RunConfig) -> None:
 
 
 @asynccontextmanager
-async def chat_endpoint(config: RunConfig) -> AsyncIterator[ChatEndpoint]:
-    """The endpoint to send to, open until the end of the block."""
+async def endpoint_to_send(config: RunConfig) -> AsyncIterator[OpenEndpoint]:
+    """Where requests go, in this process or in several, open until the end of the block."""
+    async with _terms(config) as terms:
+        if config.processes == 1:
+            async with terms.endpoint_here() as endpoint:
+                yield endpoint
+        else:
+            async with Crew(terms, config.processes) as crew:
+                yield crew
+
+
+@asynccontextmanager
+async def _terms(config: RunConfig) -> AsyncIterator[Terms]:
+    """What one has to know to send; the stand-in inside, if it is that, runs for the block."""
     if config.endpoint == MOCK:
         async with MockServer(Knobs()) as server:
             inside = replace(MOCK, url=full_url(server.url, MOCK.path))
             # The other ends of its connections are in this process too.
-            async with _client(config, inside, sockets_each=2) as endpoint:
-                yield endpoint
+            each = 1 + config.processes
+            yield _terms_of(replace(config, endpoint=inside, headers=()), sockets_each=each)
     else:
-        async with _client(config, config.endpoint, config.headers, proxied=True) as endpoint:
-            yield endpoint
+        yield _terms_of(config, proxied=True)
 
 
-def _client(
-    config: RunConfig,
-    endpoint: Endpoint,
-    headers: Sequence[tuple[str, Secret]] = (),
-    *,
-    proxied: bool = False,
-    sockets_each: int = 1,
-) -> ChatEndpoint:
-    return ChatEndpoint(
-        endpoint,
-        headers,
+def _terms_of(config: RunConfig, *, proxied: bool = False, sockets_each: int = 1) -> Terms:
+    one_process = -(-wanted_room(config) // config.processes)
+    return Terms(
+        config.endpoint,
+        config.headers,
         timeout_s=config.timeout_s,
         connect_timeout_s=config.connect_timeout_s,
         proxied=proxied,
-        room=process.room_for_sockets(wanted_room(config) * sockets_each) // sockets_each,
+        room=process.room_for_sockets(one_process * sockets_each) // sockets_each,
     )
 
 
 def wanted_room(config: RunConfig) -> int:
-    """How many requests may be in flight, if this process may open as many connections."""
-    return config.concurrency or MAX_CONCURRENCY
+    """How many requests may be in flight, if processes may open as many connections."""
+    return config.concurrency or MAX_CONCURRENCY * config.processes
 
 
 async def models(config: RunConfig) -> list[str]:
     """The model names that the endpoint offers to this key."""
-    async with chat_endpoint(config) as endpoint:
+    async with _terms(config) as terms, terms.endpoint_here() as endpoint:
         return await endpoint.models()

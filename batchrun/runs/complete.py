@@ -15,7 +15,7 @@ from batchrun.config import JSONValue, RunConfig
 from batchrun.console import Progress
 from batchrun.errors import BatchrunError, EndpointRefused, UsageError
 from batchrun.inputs import image_urls
-from batchrun.runs.asking import chat_endpoint, prompt_settings
+from batchrun.runs.asking import endpoint_to_send, prompt_settings
 from batchrun.runs.equals import Equals
 from batchrun.runs.spending import budget_of, check_bounded, check_price
 from batchrun.sending import Budget, EarlyEnd, Feed, Sender, Spent, asked, outcome_of, refusal
@@ -37,7 +37,7 @@ async def complete(
     check_price(config)
     budget = budget_of(config)
     end = EarlyEnd()
-    async with chat_endpoint(config) as endpoint:
+    async with endpoint_to_send(config) as endpoint:
         how = asked(endpoint.send, config, end.requested.is_set)
         desk = _ResultDesk(endpoint.host, how.spent, Equals() if config.dedupe else None)
         reader = _Reader(_Builders(config, budget), iter(requests), desk, end)

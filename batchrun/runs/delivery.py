@@ -10,11 +10,10 @@ from typing import NamedTuple
 from batchrun import console, process, sending
 from batchrun.config import RunConfig
 from batchrun.console import Snapshot
-from batchrun.endpoint import ChatEndpoint
 from batchrun.errors import BatchrunError
 from batchrun.journal import save_config, write_status
 from batchrun.runs import passes
-from batchrun.runs.asking import chat_endpoint, model_of, wanted_room
+from batchrun.runs.asking import endpoint_to_send, model_of, models, wanted_room
 from batchrun.runs.facts import start_facts, status_of
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import Plan
@@ -83,7 +82,7 @@ async def send(begun: Begun, opened: Opened, plan: Plan, budget: Budget | None) 
     # What an earlier run left here must not speak for this one.
     write_status(state, status_of(begun, *before))
     with process.patient_collector():
-        async with chat_endpoint(config) as endpoint:
+        async with endpoint_to_send(config) as endpoint:
             notes = _notes_on(endpoint.room, config)
             for note in notes:
                 begun.talk.note(note)
@@ -92,7 +91,7 @@ async def send(begun: Begun, opened: Opened, plan: Plan, budget: Budget | None) 
             )
             sending_s = time.monotonic() - started_s
             if delivered.wrong_model:
-                await _add_offer(delivered, endpoint)
+                await _add_offer(delivered, config)
     lost = plan.counts.to_send - delivered.tally.done
     if lost and delivered.cause is None:
         # A bug, and one that must not become a file with rows missing.
@@ -120,13 +119,13 @@ def _notes_on(room: int, config: RunConfig) -> tuple[str, ...]:
     return (f"at most {count(room, 'request')} in flight, for want of open files (ulimit -n)",)
 
 
-async def _add_offer(delivered: Delivered, endpoint: ChatEndpoint) -> None:
+async def _add_offer(delivered: Delivered, config: RunConfig) -> None:
     """Add what the endpoint offers to the advice about a model it does not have."""
     cause = delivered.cause
     assert cause is not None
     with suppress(BatchrunError, TimeoutError):
         async with asyncio.timeout(OFFER_S):
-            offered = await endpoint.models()
+            offered = await models(config)
         if offered:
             names = ", ".join(offered[:SHOWN_MODELS])
             more = f" and {len(offered) - SHOWN_MODELS:,} more" if offered[SHOWN_MODELS:] else ""

@@ -5,7 +5,7 @@ from batchrun.sending.deliver import Delivered, Job, deliver
 from batchrun.sending.desk import outcome_of, refusal
 from batchrun.sending.feed import Feed
 from batchrun.sending.meter import Totals
-from batchrun.sending.sender import EarlyEnd, Sender
+from batchrun.sending.sender import EarlyEnd, OpenEndpoint, Sender
 from batchrun.sending.tally import RunTally
 from batchrun.sending.typed import Spent, asked
 
@@ -16,6 +16,7 @@ __all__ = [
     "EarlyEnd",
     "Feed",
     "Job",
+    "OpenEndpoint",
     "RunTally",
     "Sender",
     "Spent",

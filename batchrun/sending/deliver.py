@@ -103,7 +103,7 @@ async def deliver(
         desk.idle()
         await asyncio.to_thread(journal.sync)
     talk.update(meter.snapshot())
-    found_out = how.said()
+    found_out = (*how.said(), *endpoint.notes)
     return Delivered(
         cause, desk.tally, meter.bound_by(), desk.reopened, desk.wrong_model, found_out
     )

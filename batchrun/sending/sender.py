@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias
 
@@ -39,6 +39,10 @@ class OpenEndpoint(Protocol):
     @property
     def room(self) -> int:
         """How many requests may be in flight at the very most."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of how sending went, so far: a line each."""
 
     async def send(self, request: Request) -> Attempt:
         """Make one request and say what came of it; only cancellation raises."""

@@ -114,6 +114,7 @@ CONTENDERS = {
     for c in (
         Contender("batchrun", batchrun("-c", "{in_flight}")),
         Contender("batchrun-auto", batchrun()),
+        Contender("batchrun-2", batchrun("-c", "{in_flight}", "--processes", "2")),
         Contender("batchrun-rpm", batchrun("--rpm", "6000")),
         Contender(
             "batchrun-watched",

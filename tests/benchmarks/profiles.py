@@ -109,6 +109,13 @@ PROFILES = {
     for p in (
         _instant(64),
         _instant(256),
+        replace(
+            _instant(64),
+            name="processes",
+            title="instant replies, 64 in flight, by one process and by two",
+            rows=60_000,
+            contenders=("batchrun", "batchrun-2", "naive"),
+        ),
         *(_latency(50, n) for n in (64, 256, 1000, 2000)),
         *(_latency(1000, n) for n in (64, 256, 1000, 2000)),
         Profile(

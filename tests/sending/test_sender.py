@@ -20,7 +20,7 @@ ROWS = 20
 class Silent:
     """An endpoint that never answers; it says when all its places are taken."""
 
-    host, room = "silent", 4
+    host, room, notes = "silent", 4, ()
 
     def __init__(self) -> None:
         self.sent = 0
