@@ -16,6 +16,7 @@ from batchrun.config import (
     STDIN,
     STDOUT,
     Allowance,
+    Engine,
     EscalateOn,
     IfLocked,
     InputFormat,
@@ -77,7 +78,9 @@ class Options(Where, total=False):
     headers: tuple[tuple[str, Secret], ...]
     stream: bool
     concurrency: int | None
-    processes: int
+    processes: int | None
+    engine: Engine
+    ray_address: str | None
     rpm: float | None
     tpm: float | None
     max_retries: int

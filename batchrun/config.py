@@ -56,6 +56,7 @@ INPUT_SUFFIXES: Final[Mapping[str, InputFormat]] = {
 
 COMPRESSED_SUFFIXES: Final[Mapping[str, Compression]] = {".gz": "gz", ".zst": "zst"}
 OutputFormat = Literal["parquet", "jsonl", "csv"]  # the last one only to collect
+Engine = Literal["local", "ray"]
 IfLocked = Literal["fail", "wait", "skip"]
 VERSION = "0.1.0"
 STDIN = "-"
@@ -126,7 +127,9 @@ class RunConfig:
     headers: tuple[tuple[str, Secret], ...] = ()
     stream: bool = False
     concurrency: int | None = None  # over all processes; None: found while running
-    processes: int = 1  # that send
+    processes: int | None = None  # that send; None: one, or one on each node of a cluster
+    engine: Engine = "local"  # where they run
+    ray_address: str | None = None  # of a cluster; None: one of this machine alone
     rpm: float | None = None
     tpm: float | None = None
     max_retries: int = 5
@@ -168,8 +171,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive("--concurrency", self.concurrency)
-        if not 1 <= self.processes <= MAX_PROCESSES:
+        if self.processes is not None and not 1 <= self.processes <= MAX_PROCESSES:
             raise UsageError(f"--processes has to be 1 to {MAX_PROCESSES}, not {self.processes:,}")
+        if self.ray_address is not None and self.engine != "ray":
+            raise UsageError("--ray-address is of --engine ray, which is not asked for")
         _positive("--rpm", self.rpm)
         _positive("--tpm", self.tpm)
         _positive("--timeout", self.timeout_s)

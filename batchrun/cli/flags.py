@@ -32,6 +32,7 @@ from batchrun.cli.values import (
 from batchrun.config import (
     STDOUT,
     Allowance,
+    Engine,
     IfLocked,
     InputFormat,
     RunConfig,
@@ -281,7 +282,24 @@ DELIVERY = (
         shows="auto, found while running, up to 512 for each process",
         help="Requests in flight, at most.",
     ),
-    _pace("--processes", metavar="N", help="Processes that send, for more than one core."),
+    _pace(
+        "--processes",
+        type=int,
+        metavar="N",
+        shows="1; with ray one on each node",
+        help="Processes that send, for more than one core.",
+    ),
+    _pace(
+        "--engine",
+        type=click.Choice(get_args(Engine)),
+        help="Where they run: on this machine, or on a Ray cluster.",
+    ),
+    _pace(
+        "--ray-address",
+        metavar="ADDR",
+        shows="a cluster of this machine alone",
+        help="The Ray cluster.",
+    ),
     _pace("--rpm", type=float, shows="what headers say", help="Requests a minute, at most."),
     _pace("--tpm", type=float, shows="what headers say", help="Tokens a minute, at most."),
     _failures(

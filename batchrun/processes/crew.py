@@ -8,19 +8,17 @@ when it stays silent for longer than any answer may take it is killed.
 from __future__ import annotations
 
 import asyncio
-import pickle
-import socket
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
 from batchrun.errors import StoppedEarly
-from batchrun.processes.wire import HEARTBEAT_S, Frames, Orders, Terms, reports_decoder
+from batchrun.processes.member import Member, Starter
+from batchrun.processes.wire import HEARTBEAT_S, Terms
 from batchrun.types import Attempt, Request
-from batchrun.words import count
+from batchrun.words import count, duration
 
 # Heartbeats missed before a process gets nothing new.
 SILENT_BEATS: Final = 3
@@ -28,29 +26,27 @@ SILENT_BEATS: Final = 3
 PATIENCE_S: Final = 60.0
 # A place whose processes end so many times before they are ready is given up.
 FALSE_STARTS: Final = 3
-LEAVE_S: Final = 2.0
-END_S: Final = 0.2
-
-_START: Final = """\
-import sys
-fd, *sys.path[:] = sys.argv[1:]
-from batchrun.processes.child import main
-main(int(fd))
-"""
+# A cluster may have to bring up a machine first.
+READY_S: Final = 300.0
+LOOK_S: Final = 0.01
 
 
 class Crew:
     """``processes`` processes that send on the same ``terms``. Use as an async context manager.
 
     It is an ``OpenEndpoint``: ``send`` never raises but for cancellation. Entering raises
-    StoppedEarly when no process can be started. ``notes`` says what happened to processes.
+    StoppedEarly when no process can be started, or whatever ``check`` raises before. ``notes`` says
+    what happened to processes.
     """
 
-    def __init__(self, terms: Terms, processes: int) -> None:
+    def __init__(
+        self, terms: Terms, processes: int, starter: Starter, check: Callable[[], None]
+    ) -> None:
         self.host = terms.endpoint.host
         self.room = terms.room * processes
         self._terms = terms
-        self._places = [_Place(terms) for _ in range(processes)]
+        self._check = check
+        self._places = [_Place(starter) for _ in range(processes)]
 
     async def __aenter__(self) -> Self:
         try:
@@ -65,16 +61,21 @@ class Crew:
 
     async def _first_ready(self) -> None:
         """Wait until somebody can send; StoppedEarly when nobody will."""
+        looks = 0
         while not any(place.is_ready for place in self._places):
             if all(place.is_given_up for place in self._places):
+                last = self._places[-1].last_death
                 raise StoppedEarly(
-                    "no process that sends could be started"
-                    f" (last try: {self._places[-1].last_death})",
+                    f"no process that sends could be started (last try: {last})",
                     next_steps=("run with --processes 1",),
                 )
-            await asyncio.sleep(0.01)
+            if looks * LOOK_S > READY_S:
+                raise StoppedEarly(f"no process that sends was ready within {duration(READY_S)}")
+            await asyncio.sleep(LOOK_S)
+            self._check()
+            looks += 1
             for place in self._places:
-                if place.is_empty:
+                if place.is_empty and not place.is_given_up:
                     await place.start()
 
     async def __aexit__(
@@ -103,15 +104,15 @@ class Crew:
     async def send(self, request: Request) -> Attempt:
         """Make one request in the process that has the least to do; see ``ChatEndpoint.send``."""
         started_s = time.monotonic()
-        ready = [place for place in self._places if place.takes_more]
+        ready = [member for place in self._places if (member := place.takes_more) is not None]
         if not ready:
             return _failed(started_s, "no process to send it", sent=False)
-        place = min(ready, key=_Place.in_flight)
-        number, answer = place.order(request.body)
+        member = min(ready, key=_in_flight)
+        number, answer = member.order(request.body)
         try:
             attempt = await answer
         except asyncio.CancelledError:
-            place.give_up(number)
+            member.give_up(number)
             raise
         if attempt is None:
             return _failed(started_s, "the process that sent it ended", sent=True)
@@ -128,14 +129,18 @@ class Crew:
                     place.beat(self._terms.timeout_s + PATIENCE_S)
 
 
+def _in_flight(member: Member) -> int:
+    return member.in_flight
+
+
 class _Place:
     """Where a process is, or will be again."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, starter: Starter) -> None:
         self.deaths = 0
         self.last_death = ""
-        self._terms = terms
-        self._member: _Member | None = None
+        self._starter = starter
+        self._member: Member | None = None
         self._false_starts = 0
 
     @property
@@ -151,156 +156,41 @@ class _Place:
         return self._false_starts >= FALSE_STARTS
 
     @property
-    def takes_more(self) -> bool:
+    def takes_more(self) -> Member | None:
+        """The process here, if it is one that more may be given to."""
         member = self._member
-        return member is not None and member.is_ready and member.silent_beats < SILENT_BEATS
+        if member is None or not member.is_ready or member.silent_beats >= SILENT_BEATS:
+            return None
+        return member
 
     async def start(self) -> None:
         """Put a process here; where the system has none to give, that is a false start."""
         try:
-            ours, started = _started()
+            self._member = await self._starter.start(self._vacate)
         except OSError as exc:
             self._false_starts += 1
             self._note(exc.strerror or type(exc).__name__)
-            return
-        member = _Member(self, started)
-        self._member = member
-        await asyncio.get_running_loop().create_connection(lambda: member, sock=ours)
-        member.say(pickle.dumps(self._terms))
 
-    def vacate(self, member: _Member, ending: str) -> None:
-        """Told by a process that it is gone."""
+    def _vacate(self, member: Member, ending: str) -> None:
         self._member = None
-        if member.is_ready:
-            self._false_starts = 0
-        else:
-            self._false_starts += 1
+        self._false_starts = 0 if member.is_ready else self._false_starts + 1
         self._note(ending)
 
     def _note(self, ending: str) -> None:
         self.deaths += 1
         self.last_death = ending
 
-    def in_flight(self) -> int:
-        assert self._member is not None
-        return self._member.in_flight
-
-    def order(self, body: bytes) -> tuple[int, asyncio.Future[Attempt | None]]:
-        assert self._member is not None
-        return self._member.order(body)
-
-    def give_up(self, number: int) -> None:
-        if self._member is not None:
-            self._member.give_up(number)
-
     def beat(self, patience_s: float) -> None:
         """A second has passed, in which this process ran."""
-        if self._member is not None:
-            self._member.silent_beats += 1
-            if self._member.silent_beats * HEARTBEAT_S > patience_s:
-                self._member.kill()
+        member = self._member
+        if member is not None and member.is_ready:
+            member.silent_beats += 1
+            if member.silent_beats * HEARTBEAT_S > patience_s:
+                member.kill()
 
     async def close(self) -> None:
         if self._member is not None:
             await self._member.leave()
-
-
-def _started() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """A process, and our end of the socket through which it learns all, the key among it."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            return ours, subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, str(theirs.fileno()), *sys.path],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                process_group=0,  # a Ctrl-C is for the run's process
-            )
-        except BaseException:
-            ours.close()
-            raise
-
-
-class _Member(Frames):
-    """One process, and what it has in flight. Orders of one turn of the loop go together."""
-
-    def __init__(self, place: _Place, started: subprocess.Popen[bytes]) -> None:
-        super().__init__()
-        self.is_ready = False
-        self.silent_beats = 0
-        self._place = place
-        self._process = started
-        self._loop = asyncio.get_running_loop()
-        self._waiting: dict[int, asyncio.Future[Attempt | None]] = {}
-        self._orders = Orders(0.0, 0, [], [])
-        self._next = 0
-        self._is_leaving = False
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._waiting)
-
-    def order(self, body: bytes) -> tuple[int, asyncio.Future[Attempt | None]]:
-        """Have ``body`` sent: its number, and what will be its Attempt; None if nobody can tell."""
-        number, self._next = self._next, self._next + 1
-        answer: asyncio.Future[Attempt | None] = self._loop.create_future()
-        self._waiting[number] = answer
-        self._soon().bodies.append(body)
-        return number, answer
-
-    def give_up(self, number: int) -> None:
-        """Nobody waits for this one any more."""
-        if self._waiting.pop(number, None) is not None:
-            self._soon().given_up.append(number)
-
-    def _soon(self) -> Orders:
-        """The orders that leave at the end of this turn of the loop."""
-        if not self._orders.bodies and not self._orders.given_up:
-            self._loop.call_soon(self._flush)
-        return self._orders
-
-    def _flush(self) -> None:
-        orders, self._orders = self._orders, Orders(0.0, 0, [], [])
-        orders.at_s = time.monotonic()
-        orders.first = self._next - len(orders.bodies)
-        self.say(orders)
-
-    def heard(self, frame: memoryview) -> None:
-        self.is_ready = True
-        self.silent_beats = 0
-        for number, attempt in reports_decoder.decode(frame):
-            answer = self._waiting.pop(number, None)
-            if answer is not None and not answer.done():
-                answer.set_result(attempt)
-
-    def lost(self) -> None:
-        if not self._is_leaving:
-            with suppress(subprocess.TimeoutExpired):  # it may hang in its last words
-                self._process.wait(END_S)
-            self.kill()
-            self._place.vacate(self, _ending(self._process.wait()))
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_result(None)
-        self._waiting.clear()
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    async def leave(self) -> None:
-        """Let it end by itself, for a while."""
-        self._is_leaving = True
-        self.close()
-        for _ in range(int(LEAVE_S / 0.01)):
-            if self._process.poll() is not None:
-                return
-            await asyncio.sleep(0.01)
-        self._process.kill()
-        self._process.wait()
-
-
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _failed(started_s: float, detail: str, *, sent: bool) -> Attempt:

@@ -55,6 +55,19 @@ class Orders(msgspec.Struct, array_like=True, gc=False):
 
 Reports: TypeAlias = list[tuple[int, Attempt]]
 
+# Where one socket is for several processes, each frame names the process and what it is about.
+NO_PLACE, START, ORDERS, KILL, CONNECTED, REPORTS, GONE = 0, 1, 2, 3, 4, 5, 6
+
+
+def marked(place: int, kind: int, content: bytes) -> bytes:
+    """A frame about the process at ``place``, of which there may be 2**32."""
+    return place.to_bytes(4, "big") + bytes((kind,)) + content
+
+
+def unmarked(frame: memoryview) -> tuple[int, int, memoryview]:
+    """The place, the kind and the content of such a frame."""
+    return int.from_bytes(frame[:4], "big"), frame[4], frame[5:]
+
 
 def _plain(value: object) -> object:
     """Headers as a dict with lower-case names; of one that is there twice, the first counts."""
@@ -67,6 +80,12 @@ def _plain(value: object) -> object:
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
+
+
+def encode(message: Orders | Reports) -> bytes:
+    return _encoder.encode(message)
+
+
 orders_decoder = msgspec.msgpack.Decoder(Orders)
 reports_decoder = msgspec.msgpack.Decoder(Reports)
 
@@ -86,14 +105,13 @@ class Frames(asyncio.Protocol):
         """Told once that the other end is gone."""
         raise NotImplementedError
 
-    def say(self, message: Orders | Reports | bytes) -> None:
-        """Send a message, bytes as they are; nothing happens when the other end is gone."""
+    def say(self, content: bytes) -> None:
+        """Send a frame; nothing happens when the other end is gone."""
         if self._transport is None or self._transport.is_closing():
             return
-        content = message if isinstance(message, bytes) else _encoder.encode(message)
         self._transport.writelines((len(content).to_bytes(_LENGTH_BYTES, "big"), content))
 
-    def close(self) -> None:
+    def close_line(self) -> None:
         """Send what was said, and end."""
         if self._transport is not None:
             self._transport.close()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 from batchrun import process
 from batchrun.chat import AnswerSchema, PromptSettings
 from batchrun.config import MAX_CONCURRENCY, RunConfig
+from batchrun.endpoint import ChatEndpoint
 from batchrun.errors import UsageError
 from batchrun.mock import Knobs, MockServer
-from batchrun.processes import Crew, Terms
+from batchrun.processes import Crew, Here, OnNodes, Terms, check_ray, cluster
 from batchrun.providers import DEFAULT_MODEL, MOCK, full_url, provider_of
 from batchrun.sending import OpenEndpoint
 
@@ -57,49 +58,72 @@ def check_endpoint(config: RunConfig) -> None:
         raise UsageError("no endpoint: endpoint= names one, mock=True the one inside")
 
 
+def check_engine(config: RunConfig) -> None:
+    """UsageError where the processes that should send cannot be had here."""
+    if config.engine == "ray":
+        check_ray()
+
+
 @asynccontextmanager
-async def endpoint_to_send(config: RunConfig) -> AsyncIterator[OpenEndpoint]:
-    """Where requests go, in this process or in several, open until the end of the block."""
-    async with _terms(config) as terms:
-        if config.processes == 1:
-            async with terms.endpoint_here() as endpoint:
-                yield endpoint
+async def endpoint_to_send(
+    config: RunConfig, check: Callable[[], None]
+) -> AsyncIterator[OpenEndpoint]:
+    """Where requests go, in this process or in several, open until the end of the block.
+
+    Whatever ``check`` raises ends the waiting for processes.
+    """
+    async with AsyncExitStack() as stack:
+        if config.engine == "ray":
+            rays = await stack.enter_async_context(cluster(config.ray_address, check))
+            processes = config.processes or rays.nodes
+            terms = await stack.enter_async_context(_terms(config, processes))
+            endpoint: Crew | ChatEndpoint = Crew(terms, processes, OnNodes(rays, terms), check)
         else:
-            async with Crew(terms, config.processes) as crew:
-                yield crew
+            processes = config.processes or 1
+            terms = await stack.enter_async_context(_terms(config, processes))
+            endpoint = (
+                Crew(terms, processes, Here(terms), check)
+                if processes > 1
+                else terms.endpoint_here()
+            )
+        yield await stack.enter_async_context(endpoint)
 
 
 @asynccontextmanager
-async def _terms(config: RunConfig) -> AsyncIterator[Terms]:
+async def _terms(config: RunConfig, processes: int) -> AsyncIterator[Terms]:
     """What one has to know to send; the stand-in inside, if it is that, runs for the block."""
     if config.endpoint == MOCK:
         async with MockServer(Knobs()) as server:
             inside = replace(MOCK, url=full_url(server.url, MOCK.path))
+            inner = replace(config, endpoint=inside, headers=())
             # The other ends of its connections are in this process too.
-            each = 1 + config.processes
-            yield _terms_of(replace(config, endpoint=inside, headers=()), sockets_each=each)
+            yield _terms_of(inner, processes, sockets_each=1 + processes)
     else:
-        yield _terms_of(config, proxied=True)
+        yield _terms_of(config, processes, proxied=True)
 
 
-def _terms_of(config: RunConfig, *, proxied: bool = False, sockets_each: int = 1) -> Terms:
-    one_process = -(-wanted_room(config) // config.processes)
+def _terms_of(
+    config: RunConfig, processes: int, *, proxied: bool = False, sockets_each: int = 1
+) -> Terms:
+    room = -(-config.concurrency // processes) if config.concurrency else MAX_CONCURRENCY
+    if config.engine == "local":
+        room = process.room_for_sockets(room * sockets_each) // sockets_each
     return Terms(
         config.endpoint,
         config.headers,
         timeout_s=config.timeout_s,
         connect_timeout_s=config.connect_timeout_s,
         proxied=proxied,
-        room=process.room_for_sockets(one_process * sockets_each) // sockets_each,
+        room=room,
     )
 
 
 def wanted_room(config: RunConfig) -> int:
     """How many requests may be in flight, if processes may open as many connections."""
-    return config.concurrency or MAX_CONCURRENCY * config.processes
+    return config.concurrency or MAX_CONCURRENCY * (config.processes or 1)
 
 
 async def models(config: RunConfig) -> list[str]:
     """The model names that the endpoint offers to this key."""
-    async with _terms(config) as terms, terms.endpoint_here() as endpoint:
+    async with _terms(config, 1) as terms, terms.endpoint_here() as endpoint:
         return await endpoint.models()

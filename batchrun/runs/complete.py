@@ -37,7 +37,7 @@ async def complete(
     check_price(config)
     budget = budget_of(config)
     end = EarlyEnd()
-    async with endpoint_to_send(config) as endpoint:
+    async with endpoint_to_send(config, end.check) as endpoint:
         how = asked(endpoint.send, config, end.requested.is_set)
         desk = _ResultDesk(endpoint.host, how.spent, Equals() if config.dedupe else None)
         reader = _Reader(_Builders(config, budget), iter(requests), desk, end)

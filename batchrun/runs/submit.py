@@ -45,6 +45,7 @@ async def run(
         if handle_signals:
             stack.enter_context(process.signals(stop.on_signal, stop.at_once, stop.last_words))
         asking.check_endpoint(config)
+        asking.check_engine(config)
         metrics = MetricsFile.of(config)
         place.check_output(config)
         if config.deadline_s is not None:

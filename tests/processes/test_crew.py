@@ -17,8 +17,9 @@ from mock_servers import MockServerThread
 from batchrun.errors import StoppedEarly
 from batchrun.mock.knobs import Knobs
 from batchrun.mock.replies import MockReply, MockRequest
-from batchrun.processes import child, crew
+from batchrun.processes import crew, desk
 from batchrun.processes.crew import Crew
+from batchrun.processes.here import Here
 from batchrun.processes.wire import Terms
 from batchrun.providers import MOCK, full_url
 from batchrun.secret import Secret
@@ -41,6 +42,15 @@ def terms(server: MockServerThread, *, timeout_s: float = 30.0, key: str | None 
     url = full_url(server.url, MOCK.path)
     endpoint = replace(MOCK, url=url, key=secret)
     return Terms(endpoint, (), timeout_s, 10.0, proxied=False, room=64)
+
+
+def crew_of(how: Terms, processes: int) -> Crew:
+    return Crew(how, processes, Here(how), lambda: None)
+
+
+def in_flight(place: crew._Place) -> int:
+    assert place._member is not None
+    return place._member.in_flight
 
 
 def request(number: int) -> Request:
@@ -67,7 +77,7 @@ def never(_: MockRequest) -> MockReply:
 async def test_an_attempt_comes_back_as_the_endpoint_gave_it(mock: StartMock) -> None:
     server = mock(Knobs(limit_headers="openai", rpm=1e6))
     how = terms(server)
-    async with Crew(how, 2) as two, how.endpoint_here() as here:
+    async with crew_of(how, 2) as two, how.endpoint_here() as here:
         from_there, from_here = await two.send(request(1)), await here.send(request(1))
     lower = {name.lower(): value for name, value in from_here.headers.items()}
     assert from_there.headers["x-ratelimit-limit-requests"] == "1000000"
@@ -80,17 +90,17 @@ async def test_an_attempt_comes_back_as_the_endpoint_gave_it(mock: StartMock) ->
 @pytest.mark.asyncio
 async def test_the_processes_share_what_there_is_to_do(mock: StartMock) -> None:
     server = mock(respond=never)
-    async with Crew(terms(server), 3) as three:
+    async with crew_of(terms(server), 3) as three:
         assert three.room == 3 * 64
         await until(lambda: all(place.is_ready for place in three._places))
         tasks = [asyncio.create_task(three.send(request(n))) for n in range(12)]
         await until(lambda: server.ledger.requests == 12)
-        assert [place.in_flight() for place in three._places] == [4, 4, 4]
+        assert [in_flight(place) for place in three._places] == [4, 4, 4]
         # Nobody waits any more: the connections end, though no answer came.
         for task in tasks:
             task.cancel()
         await until(lambda: server.ledger.in_flight == 0)
-        assert [place.in_flight() for place in three._places] == [0, 0, 0]
+        assert [in_flight(place) for place in three._places] == [0, 0, 0]
     assert three.notes == ()
 
 
@@ -99,7 +109,7 @@ async def test_a_process_that_dies_leaves_its_requests_in_doubt_and_is_replaced(
     mock: StartMock,
 ) -> None:
     server = mock(respond=never)
-    async with Crew(terms(server), 1) as one:
+    async with crew_of(terms(server), 1) as one:
         (victim,) = children()
         task = asyncio.create_task(one.send(request(1)))
         await until(lambda: server.ledger.requests == 1)
@@ -118,11 +128,11 @@ async def test_a_process_that_dies_leaves_its_requests_in_doubt_and_is_replaced(
 @pytest.mark.asyncio
 async def test_what_lay_before_a_stopped_process_goes_back_unsent(mock: StartMock) -> None:
     server = mock()
-    async with Crew(terms(server), 1) as one:
+    async with crew_of(terms(server), 1) as one:
         (stopped,) = children()
         os.kill(stopped, signal.SIGSTOP)
         task = asyncio.create_task(one.send(request(1)))
-        await asyncio.sleep(child.LATE_S + 0.2)
+        await asyncio.sleep(desk.LATE_S + 0.2)
         assert not task.done()
         os.kill(stopped, signal.SIGCONT)
         attempt = await task
@@ -139,13 +149,13 @@ async def test_a_process_that_hangs_gets_nothing_new_and_is_killed_in_the_end(
     monkeypatch.setattr(crew, "PATIENCE_S", 1.0)
     monkeypatch.setattr(crew, "SILENT_BEATS", 10)
     server = mock(respond=never)
-    async with Crew(terms(server, timeout_s=0.5), 2) as two:
+    async with crew_of(terms(server, timeout_s=0.5), 2) as two:
         await until(lambda: all(place.is_ready for place in two._places))
         tasks = [asyncio.create_task(two.send(request(n))) for n in range(2)]
-        await until(lambda: two._places[0].in_flight() == 1)
+        await until(lambda: in_flight(two._places[0]) == 1)
         hung = children()[0]
         os.kill(hung, signal.SIGSTOP)
-        await until(lambda: not all(place.takes_more for place in two._places))
+        await until(lambda: not all(place.takes_more is not None for place in two._places))
         ended = [await task for task in tasks]
         assert {attempt.failure for attempt in ended} == {"timeout", "disconnected"}
         assert hung not in children()
@@ -158,11 +168,11 @@ async def test_where_no_process_comes_up_the_run_ends(
     server = mock()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(StoppedEarly, match="exit code 1"):
-        async with Crew(terms(server), 2):
+        async with crew_of(terms(server), 2):
             raise AssertionError
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(StoppedEarly, match="No such file or directory"):
-        async with Crew(terms(server), 2):
+        async with crew_of(terms(server), 2):
             raise AssertionError
     assert children() == []
 
@@ -171,7 +181,7 @@ async def test_where_no_process_comes_up_the_run_ends(
 async def test_the_key_is_in_no_command_line(mock: StartMock) -> None:
     key = "canary-3f0c9a"
     server = mock(Knobs(key=key))
-    async with Crew(terms(server, key=key), 2) as two:
+    async with crew_of(terms(server, key=key), 2) as two:
         assert (await two.send(request(1))).status == 200
         lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children()]
         assert len(lines) == 2
@@ -184,7 +194,7 @@ async def test_large_bodies_and_answers_pass_whole(mock: StartMock) -> None:
     long = b'{"model":"m","messages":[{"role":"user","content":"%s"}]}' % (b"x" * 3_000_000)
     large = Request(0, long, b"", 0, 0, "m")
     how = terms(server)
-    async with Crew(how, 1) as one, how.endpoint_here() as here:
+    async with crew_of(how, 1) as one, how.endpoint_here() as here:
         attempts: list[Attempt] = await asyncio.gather(*(one.send(large) for _ in range(4)))
         expected = await here.send(large)
     assert expected.status == 200
