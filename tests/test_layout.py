@@ -25,7 +25,18 @@ PACKAGE = ROOT / "batchrun"
 # The modules at the top of the package: what travels between packages. They build on each other.
 VOCABULARY = {
     *("types", "summary", "errors", "config", "providers"),
-    *("secret", "shell", "terminal", "words", "durations", "money", "process", "files", "shards"),
+    *(
+        "secret",
+        "shell",
+        "terminal",
+        "words",
+        "durations",
+        "money",
+        "process",
+        "files",
+        "shards",
+        "series",
+    ),
 }
 # Which packages a package may import, besides the vocabulary: only through their doors.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -37,11 +48,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "endpoint": {"chat"},
     "inputs": {"chat", "journal"},
     "outputs": {"chat"},
+    "report": {"outputs"},
     "sending": {"chat", "limits", "journal", "outputs", "console"},
     "processes": {"endpoint"},
     "runs": {
         *("inputs", "chat", "processes", "endpoint", "sending", "journal"),
-        *("outputs", "console", "mock"),
+        *("outputs", "console", "mock", "report"),
     },
     "api": {"runs", "console"},
     "cli": {"runs", "console", "mock"},
@@ -54,16 +66,16 @@ EVERYWHERE = PACKAGES
 LIBRARY_ROOMS = {
     "aiohttp": {"endpoint", "mock"},
     "click": {"cli"},
-    "jinja2": {"chat"},
+    "jinja2": {"chat", "report"},
     "jsonschema_rs": {"chat"},
     "msgspec": EVERYWHERE,
     "ray": {"processes"},
-    "pyarrow": {"inputs", "outputs"},
+    "pyarrow": {"inputs", "outputs", "report"},
     "tenacity": {"sending"},
     "tqdm": {"console"},
 }
 # Not dependencies of ours: they come with aiohttp, whose interface speaks in them.
-COMPANIONS = {"yarl": "aiohttp", "multidict": "aiohttp"}
+COMPANIONS = {"yarl": "aiohttp", "multidict": "aiohttp", "markupsafe": "jinja2"}
 NOT_LIBRARIES = sys.stdlib_module_names | {"batchrun"}
 
 TOP_LEVEL = {

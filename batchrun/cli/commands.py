@@ -167,6 +167,16 @@ def merge(ctx: click.Context) -> int:
         return facts.exit_code
 
 
+def report(ctx: click.Context) -> int:
+    with _given(ctx) as given:
+        with interrupts_held():
+            from batchrun.runs import make_page
+
+        facts = make_page(str(given.text("paged")), given.text("output"))
+        _tell(facts, console.report_block(facts), given)
+        return EXIT_OK
+
+
 def models(ctx: click.Context) -> int:
     with _given(ctx) as given:
         with interrupts_held():
@@ -213,6 +223,7 @@ COMMANDS: Mapping[str, Callable[[click.Context], int]] = {
     "status": status,
     "collect": collect,
     "merge": merge,
+    "report": report,
     "models": models,
     "mock-server": mock_server,
 }

@@ -450,6 +450,7 @@ TALK = (
     _talk("--verbose", "-v", is_flag=True, help="Also show how the limits move."),
     JSON,
     _talk("--log-file", metavar="FILE", help="Append a line a minute, and notes."),
+    _talk("--report", metavar="FILE.html", help="A page to look at, made of the output."),
     _talk("--metrics-file", metavar="FILE", help="Numbers for Prometheus, every few seconds."),
 )
 

@@ -159,6 +159,27 @@ def merge(ctx: click.Context, /, **_: object) -> int:
     return _perform(ctx)
 
 
+_PAGED = click.Argument(["paged"], metavar="OUTPUT", type=click.Path())
+
+
+_PAGE = Option(
+    *("--output", "-o"),
+    heading="Output",
+    field="",
+    typed_only=True,
+    metavar="FILE.html",
+    shows="OUTPUT with .html for its suffix",
+    help="Where the page goes.",
+)
+
+
+@cli.command(epilog=_EPILOG, params=[_PAGED, _PAGE, JSON, CONFIG])
+@click.pass_context
+def report(ctx: click.Context, /, **_: object) -> int:
+    """Make a page to look at of OUTPUT: what came out, how it went, why rows failed."""
+    return _perform(ctx)
+
+
 @cli.command(epilog=_EPILOG, params=[*ENDPOINT, MOCK, JSON, CONFIG])
 @click.pass_context
 def models(ctx: click.Context, /, **_: object) -> int:

@@ -30,6 +30,7 @@ _ORDER = (
         "templates",
         "schema",
         "columns",
+        "page",
         "money",
         "reruns",
         "exit-codes",

@@ -10,13 +10,21 @@ from batchrun.console.facts import (
     FileFacts,
     FinalFacts,
     MergeFacts,
+    ReportFacts,
     StartFacts,
     StatusFacts,
     ValidateFacts,
     models_json,
     to_json,
 )
-from batchrun.console.found import collect_block, merge_block, status_block, validate_block, watched
+from batchrun.console.found import (
+    collect_block,
+    merge_block,
+    report_block,
+    status_block,
+    validate_block,
+    watched,
+)
 from batchrun.console.instead import error_summary, error_text, skipped_summary
 from batchrun.console.metrics import FIRST_LINE as METRICS_FIRST_LINE
 from batchrun.console.metrics import metrics_text
@@ -33,6 +41,7 @@ __all__ = [
     "FinalFacts",
     "MergeFacts",
     "Progress",
+    "ReportFacts",
     "Snapshot",
     "StartFacts",
     "StatusFacts",
@@ -47,6 +56,7 @@ __all__ = [
     "metrics_text",
     "models_json",
     "next_steps",
+    "report_block",
     "skipped_summary",
     "start_block",
     "start_lines",

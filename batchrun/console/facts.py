@@ -173,6 +173,19 @@ class CollectFacts(Struct, frozen=True, kw_only=True):
         return errors.EXIT_OK
 
 
+class ReportFacts(Struct, frozen=True, kw_only=True):
+    """What ``report`` wrote, and from what."""
+
+    page: str  # written
+    output: str
+    rows: RowCounts
+    size_bytes: int
+
+    @property
+    def exit_code(self) -> int:
+        return errors.EXIT_OK
+
+
 class MergeFacts(Struct, frozen=True, kw_only=True):
     """What ``merge`` wrote, and from what."""
 

@@ -17,7 +17,14 @@ from batchrun.console.blocks import (
     some,
     with_exit_code,
 )
-from batchrun.console.facts import CollectFacts, FileFacts, MergeFacts, StatusFacts, ValidateFacts
+from batchrun.console.facts import (
+    CollectFacts,
+    FileFacts,
+    MergeFacts,
+    ReportFacts,
+    StatusFacts,
+    ValidateFacts,
+)
 from batchrun.console.start import columns, shape
 from batchrun.summary import ErrorCount, RowCounts
 from batchrun.terminal import LABEL_WIDTH
@@ -188,6 +195,11 @@ def merge_block(facts: MergeFacts) -> str:
     lines += labelled("from", count(len(facts.parts), "part"))
     lines += labelled("output", f"{facts.output} ({size(facts.size_bytes)})")
     return "\n".join(lines)
+
+
+def report_block(facts: ReportFacts) -> str:
+    made = f"{facts.page} ({size(facts.size_bytes)}), of {count(facts.rows.total or 0, 'row')}"
+    return "\n".join(labelled("page", made))
 
 
 def collect_block(facts: CollectFacts) -> str:

@@ -6,7 +6,13 @@ from batchrun.journal.saved_command import Saved, read_saved, restored, save_con
 from batchrun.journal.segments import FORMAT, Header, Recovery
 from batchrun.journal.slots import Held, SlotTable, Survey
 from batchrun.journal.state import StateDir, locate
-from batchrun.journal.status_file import Status, read_status, write_status
+from batchrun.journal.status_file import (
+    Status,
+    read_series,
+    read_status,
+    write_series,
+    write_status,
+)
 
 __all__ = [
     "FORMAT",
@@ -25,8 +31,10 @@ __all__ = [
     "locate",
     "locked",
     "read_saved",
+    "read_series",
     "read_status",
     "restored",
     "save_config",
+    "write_series",
     "write_status",
 ]

@@ -39,7 +39,7 @@ _OF_A_JOURNAL = re.compile(r"journal-(\d{6,}\.(seg|new|idx)|table(\.new)?)")
 
 _OURS = re.compile(
     _OF_A_JOURNAL.pattern
-    + r"|(status|run)\.json(\.new)?|stdin\.(jsonl|parquet)|\.spool-[a-z0-9_]{8}"
+    + r"|(status|run|series)\.json(\.new)?|stdin\.(jsonl|parquet)|\.spool-[a-z0-9_]{8}"
 )
 
 
@@ -69,6 +69,11 @@ class StateDir:
     @property
     def status(self) -> Path:
         return self.path / "status.json"
+
+    @property
+    def series(self) -> Path:
+        """How the run went over time."""
+        return self.path / "series.json"
 
     @property
     def saved_command(self) -> Path:

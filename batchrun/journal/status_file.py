@@ -8,6 +8,7 @@ import msgspec
 
 from batchrun.files import read_json, write_json
 from batchrun.journal.state import StateDir
+from batchrun.series import Series
 
 
 class Status(msgspec.Struct, kw_only=True):
@@ -38,6 +39,20 @@ def write_status(state: StateDir, status: Status) -> None:
     """Replace the status file; what cannot be written is left out, for it is not the truth."""
     with contextlib.suppress(OSError):
         write_json(state.status, status)
+
+
+def write_series(state: StateDir, series: Series) -> None:
+    """Replace the series; what cannot be written is left out, for nothing depends on it."""
+    with contextlib.suppress(OSError):
+        write_json(state.series, series)
+
+
+def read_series(state: StateDir) -> Series | None:
+    """The series of an unfinished run, or None when there is none that can be read."""
+    try:
+        return read_json(state.series, Series)
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
+        return None
 
 
 def read_status(state: StateDir) -> Status | None:

@@ -10,8 +10,8 @@ from batchrun.outputs.aside import (
 )
 from batchrun.outputs.columns import NAMES
 from batchrun.outputs.footer import Aside, Footer, Schema, Table
-from batchrun.outputs.parquet import table_of
-from batchrun.outputs.parsed import more_columns, names
+from batchrun.outputs.parquet import parquet_file, parquet_series, table_of
+from batchrun.outputs.parsed import more_columns, names, names_of
 from batchrun.outputs.publish import publish
 from batchrun.outputs.read_back import (
     partial_of,
@@ -23,7 +23,7 @@ from batchrun.outputs.read_back import (
 )
 from batchrun.outputs.rows import InvalidRow, Slice
 from batchrun.outputs.tally import Causes, OutputTally, TokenSums, is_filtered, is_truncated
-from batchrun.outputs.target import Target, backup, clean_leftovers
+from batchrun.outputs.target import Target, backup, clean_leftovers, replacing
 
 __all__ = [
     "ASIDE_SCHEMA",
@@ -47,6 +47,9 @@ __all__ = [
     "is_truncated",
     "more_columns",
     "names",
+    "names_of",
+    "parquet_file",
+    "parquet_series",
     "partial_of",
     "publish",
     "read_back",
@@ -54,6 +57,7 @@ __all__ = [
     "read_wanted",
     "recognise",
     "remove_partial",
+    "replacing",
     "slices_of",
     "table_of",
     "untyped_slices",

@@ -12,6 +12,7 @@ from batchrun.files import from_json, to_json
 from batchrun.summary import ErrorCount, RowCounts, TokenCounts
 
 FOOTER_KEY = b"batchrun"
+SERIES_KEY = b"batchrun.series"
 # For those who pass one on without a need for pyarrow.
 Schema: TypeAlias = pa.Schema
 Table: TypeAlias = pa.Table

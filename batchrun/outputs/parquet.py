@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.chat import Api
+from batchrun.files import from_json, to_json
 from batchrun.outputs.columns import COLUMNS, INSTANT, NAMES, PAID_BY, Column, settled
-from batchrun.outputs.footer import FOOTER_KEY, Footer, footer, footer_json
+from batchrun.outputs.footer import FOOTER_KEY, SERIES_KEY, Footer, footer, footer_json
 from batchrun.outputs.parsed import names_of
 from batchrun.outputs.rows import ANSWERED, GROUP_ROWS, PIECE_ROWS, InvalidRow, Rows, Slice, cleaned
 from batchrun.outputs.target import Sink, reading
+from batchrun.series import Series
 from batchrun.types import Answer, Outcome, Usage
 
 # A group is in memory thrice while it is written: as arrays, as pages, and compressed.
@@ -26,12 +28,20 @@ class ParquetWriter:
     """Collects pieces into row groups and writes each group in one call, without the GIL."""
 
     def __init__(
-        self, sink: Sink, carried: pa.Schema, response_body: bool, more: Sequence[Column] = ()
+        self,
+        sink: Sink,
+        carried: pa.Schema,
+        response_body: bool,
+        more: Sequence[Column] = (),
+        series: Series | None = None,
     ) -> None:
-        """``more`` columns stand after the answer columns."""
+        """``more`` columns stand after the answer columns; ``series`` is kept in the metadata."""
+        self._series = series
         self._columns = (*(COLUMNS if response_body else COLUMNS[:-1]), *more)
         own = [pa.field(column.name, column.type) for column in self._columns]
-        metadata = {k: v for k, v in (carried.metadata or {}).items() if k != FOOTER_KEY}
+        metadata = {
+            k: v for k, v in (carried.metadata or {}).items() if k not in (FOOTER_KEY, SERIES_KEY)
+        }
         self._schema = pa.schema([*carried, *own], metadata=metadata or None)
         repeating = [*carried.names, *(each.name for each in self._columns if each.repeats)]
         self._writer = pq.ParquetWriter(
@@ -61,7 +71,10 @@ class ParquetWriter:
 
     def finish(self, footer: Footer) -> None:
         self._close_group()
-        self._writer.add_key_value_metadata({FOOTER_KEY: footer_json(footer)})
+        told = {FOOTER_KEY: footer_json(footer)}
+        if self._series is not None:
+            told[SERIES_KEY] = to_json(self._series)
+        self._writer.add_key_value_metadata(told)
         self._writer.close()
 
     def _arrays(self, rows: Rows) -> list[pa.Array]:
@@ -91,6 +104,16 @@ def parquet_footer(path: Path) -> Footer | None:
     except pa.ArrowException:
         return None
     return footer(metadata.get(FOOTER_KEY, b""))
+
+
+def parquet_series(path: Path) -> Series | None:
+    """How the runs of a published file went over time, if it says so."""
+    with reading(path), path.open("rb") as raw:
+        text = (pq.read_metadata(raw).metadata or {}).get(SERIES_KEY)
+    try:
+        return None if text is None else from_json(text, Series)
+    except (ValueError, RecursionError):
+        return None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from batchrun.outputs.parquet import ParquetWriter
 from batchrun.outputs.rows import Rows, Slice, pieces, told
 from batchrun.outputs.tally import OutputTally
 from batchrun.outputs.target import Sink, Target, replacing
+from batchrun.series import Series
 
 MAX_FOOTER_ERRORS = 50
 
@@ -40,23 +41,28 @@ def publish(
     response_body: bool,
     more: Sequence[Column] = (),
     api: Api = CHAT,
+    series: Series | None = None,
 ) -> Footer:
     """Write every slice, in order, and return the footer with the counts filled in.
 
-    ``more`` columns follow those that every output has. A path changes in one step, when all is
-    written and durable: a reader sees the old file or the new one. What is there by then and was
-    not when the Target was made, or a Path given, is never replaced. On any failure the old file
-    stays and the temporary is removed. What cannot be written is a LocalIOError naming the path;
-    what ``slices`` raises passes as it is. A stream is written as the rows come and flushed at the
-    end; a BrokenPipeError of it passes as it is.
+    ``more`` columns follow those that every output has; a Parquet file keeps ``series`` too. A path
+    changes in one step, when all is written and durable: a reader sees the old file or the new
+    one. What is there by then and was not when the Target was made, or a Path given, is never
+    replaced. On any failure the old file stays and the temporary is removed. What cannot be written
+    is a LocalIOError naming the path; what ``slices`` raises passes as it is. A stream is written
+    as the rows come and flushed at the end; a BrokenPipeError of it passes as it is.
     """
     if isinstance(target, Path):
         target = Target.at(target)
     if not isinstance(target, Target):
         sink = Sink(target, "standard output")
-        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body, more, api)
+        return _write(
+            sink, fmt, carried_schema, slices, footer, tally, response_body, more, api, series
+        )
     with replacing(target) as sink:
-        return _write(sink, fmt, carried_schema, slices, footer, tally, response_body, more, api)
+        return _write(
+            sink, fmt, carried_schema, slices, footer, tally, response_body, more, api, series
+        )
 
 
 def _write(
@@ -69,10 +75,11 @@ def _write(
     response_body: bool,
     more: Sequence[Column],
     api: Api,
+    series: Series | None,
 ) -> Footer:
     writer: _Writer
     if fmt == "parquet":
-        writer = ParquetWriter(sink, carried_schema, response_body, more)
+        writer = ParquetWriter(sink, carried_schema, response_body, more, series)
     elif fmt == "csv":
         writer = CsvWriter(sink, carried_schema, more)
     else:

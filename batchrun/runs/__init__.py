@@ -5,6 +5,7 @@ from batchrun.runs.collect import collect, read
 from batchrun.runs.complete import complete
 from batchrun.runs.estimate import estimate
 from batchrun.runs.merge import merge
+from batchrun.runs.pages import make_page
 from batchrun.runs.status import status
 from batchrun.runs.submit import run
 from batchrun.runs.validate import look, validate
@@ -14,6 +15,7 @@ __all__ = [
     "complete",
     "estimate",
     "look",
+    "make_page",
     "merge",
     "models",
     "read",

@@ -11,18 +11,20 @@ from batchrun import console, process, sending
 from batchrun.config import RunConfig
 from batchrun.console import Snapshot
 from batchrun.errors import BatchrunError
-from batchrun.journal import save_config, write_status
+from batchrun.journal import save_config, write_series, write_status
 from batchrun.runs import passes
 from batchrun.runs.asking import endpoint_to_send, model_of, models, wanted_room
 from batchrun.runs.facts import start_facts, status_of
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import Plan
 from batchrun.sending import Budget, Delivered, Job, Totals
+from batchrun.series import Recorder, Series
 from batchrun.summary import RunSummary, ThisRun
 from batchrun.types import Bound
 from batchrun.words import count, verb
 
 OFFER_S = 5.0
+SERIES_S = 10.0
 SHOWN_MODELS = 5
 
 
@@ -31,6 +33,7 @@ class Sent(NamedTuple):
 
     delivered: Delivered
     sending_s: float  # from the first request to the last answer
+    series: Series  # of all runs so far
     notes: tuple[str, ...]
 
     @property
@@ -57,7 +60,9 @@ def say_start(begun: Begun, found: Found, opened: Opened, plan: Plan) -> None:
     begun.talk.begin(total, total - counts.to_send, timeout_s=begun.config.timeout_s)
 
 
-async def send(begun: Begun, opened: Opened, plan: Plan, budget: Budget | None) -> Sent:
+async def send(
+    begun: Begun, opened: Opened, plan: Plan, budget: Budget | None, so_far: Series
+) -> Sent:
     """Send until every pending row is settled or something ends the run: ``delivered.cause``."""
     config, state, started_s = begun.config, begun.state, time.monotonic()
     rows = plan.counts.rows()
@@ -66,9 +71,23 @@ async def send(begun: Begun, opened: Opened, plan: Plan, budget: Budget | None) 
     requests = passes.requests(plan, opened.book, config)
     job = Job(config, requests, len(plan.models) < 2, before, budget, plan.counts.to_send)
     save_config(state, config, model_of(config), hosts_of(config, opened))
+    recorder = Recorder(so_far, time.time(), before.ok, before.failed)
+    saved_s = started_s
 
     def write(snapshot: Snapshot, bound_by: Bound) -> None:
         """Called about once a second in the thread that syncs; read by ``batchrun status``."""
+        nonlocal saved_s
+        recorder.see(
+            time.time(),
+            ok=snapshot.ok,
+            failed=snapshot.failed,
+            refused=snapshot.rate_limited,
+            in_flight=snapshot.in_flight,
+            bound=bound_by,
+        )
+        if time.monotonic() - saved_s >= SERIES_S:
+            saved_s = time.monotonic()
+            write_series(state, recorder.series)
         status = status_of(begun, before.total, snapshot.ok, snapshot.failed)
         elapsed_s = max(time.monotonic() - started_s, 1e-3)
         sent = snapshot.ok + snapshot.failed - before.ok - before.failed
@@ -90,13 +109,23 @@ async def send(begun: Begun, opened: Opened, plan: Plan, budget: Budget | None) 
                 job, endpoint, opened.book, begun.stop, begun.talk, write
             )
             sending_s = time.monotonic() - started_s
+            tally = delivered.tally
+            recorder.see(
+                time.time(),
+                ok=before.ok + tally.ok,
+                failed=before.failed + tally.failed,
+                refused=tally.rate_limited,
+                in_flight=0,
+                bound=delivered.bound_by,
+            )
+            write_series(state, recorder.series)
             if delivered.wrong_model:
                 await _add_offer(delivered, config)
     lost = plan.counts.to_send - delivered.tally.done
     if lost and delivered.cause is None:
         # A bug, and one that must not become a file with rows missing.
         raise RuntimeError(f"{count(lost, 'row')} {verb(lost, 'were')} neither answered nor failed")
-    return Sent(delivered, sending_s, (*notes, *delivered.notes))
+    return Sent(delivered, sending_s, recorder.series, (*notes, *delivered.notes))
 
 
 def say_stopped(begun: Begun, summary: RunSummary) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,9 +74,10 @@ def finished(begun: Begun, published: Published, phases: Phases) -> RunSummary:
     )
 
 
-def unchanged(begun: Begun, footer: Footer, kept: Kept | None) -> RunSummary:
+def unchanged(begun: Begun, footer: Footer, kept: Kept | None, notes: Sequence[str]) -> RunSummary:
     """The end of a run that found the output as it would have made it."""
     summary = _summary(begun, Phases(kept=kept))
+    summary = replace(summary, notes=[*summary.notes, *notes])
     return _closed(_of_output(summary, begun, footer, footer.rows.ok + footer.rows.error))
 
 

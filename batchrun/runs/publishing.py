@@ -18,6 +18,7 @@ from batchrun.runs.facts import now_utc, utc
 from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import Plan
 from batchrun.runs.unused import Kept, Unused
+from batchrun.series import Series
 from batchrun.words import count
 
 
@@ -43,7 +44,7 @@ def back_up(begun: Begun, found: Found) -> Path | None:
     return outputs.backup(Path(begun.config.output)) if found.old.is_kept else None
 
 
-def publish(begun: Begun, found: Found, opened: Opened, plan: Plan) -> Footer:
+def publish(begun: Begun, found: Found, opened: Opened, plan: Plan, series: Series) -> Footer:
     """Write the output from the journal, whole or not at all."""
     config, book = begun.config, opened.book
     footer = Footer(
@@ -68,6 +69,7 @@ def publish(begun: Begun, found: Found, opened: Opened, plan: Plan) -> Footer:
         OutputTally(config.price),
         response_body=config.response_body,
         more=outputs.more_columns(footer),
+        series=series,
     )
 
 

@@ -15,7 +15,8 @@ from batchrun.config import RunConfig
 from batchrun.console import Progress
 from batchrun.errors import BatchrunError, UsageError
 from batchrun.inputs import RowsOrTable
-from batchrun.runs import asking, delivery, ending, opening, place, publishing
+from batchrun.outputs import Footer
+from batchrun.runs import asking, delivery, ending, opening, pages, place, publishing
 from batchrun.runs.ending import Phases
 from batchrun.runs.metrics_file import MetricsFile
 from batchrun.runs.opening import Begun, Found, Opened
@@ -46,6 +47,7 @@ async def run(
             stack.enter_context(process.signals(stop.on_signal, stop.at_once, stop.last_words))
         asking.check_endpoint(config)
         asking.check_engine(config)
+        pages.check_page(config)
         metrics = MetricsFile.of(config)
         place.check_output(config)
         if config.deadline_s is not None:
@@ -73,7 +75,8 @@ async def _begin(begun: Begun, rows: RowsOrTable | None) -> RunSummary:
         ):
             kept = await asyncio.to_thread(publishing.set_aside, begun, None)
             begun.lock.remove_state()
-            return ending.unchanged(begun, footer, kept)
+            note = await _paged(begun.config, footer)
+            return ending.unchanged(begun, footer, kept, note)
         opened = opening.open_journal(begun, found)
         with closing(opened.book):
             return await _go_on(begun, found, opened)
@@ -96,15 +99,20 @@ async def _go_on(begun: Begun, found: Found, opened: Opened) -> RunSummary:
                 count_before, budget, begun.config, plan, opened.book, begun.stop.check
             )
         delivery.say_start(begun, found, opened, plan)
+        old = found.old.target
+        series = pages.series_before(begun.state, old and old.path)
         if plan.counts.to_send:
-            sent = await delivery.send(begun, opened, plan, budget)
+            sent = await delivery.send(begun, opened, plan, budget, series)
             if sent.delivered.cause is not None:
                 raise sent.delivered.cause
         begun.stop.all_sent()
         kept = await asyncio.to_thread(publishing.set_aside, begun, opened.book)
         backup = await asyncio.to_thread(publishing.back_up, begun, found)
-        footer = await asyncio.to_thread(publishing.publish, begun, found, opened, plan)
+        footer = await asyncio.to_thread(publishing.publish, begun, found, opened, plan, series)
         published = await asyncio.to_thread(publishing.clear_up, begun, found, opened, plan, footer)
+        published = published._replace(
+            notes=(*published.notes, *await _paged(begun.config, footer))
+        )
         return ending.finished(begun, published, Phases(opened, plan, sent, kept, backup))
     except BatchrunError as cause:
         if sent is None and isinstance(cause, UsageError):
@@ -112,3 +120,9 @@ async def _go_on(begun: Begun, found: Found, opened: Opened) -> RunSummary:
         summary = ending.early(cause, begun, Phases(opened, plan, sent, kept, backup))
         delivery.say_stopped(begun, summary)
         return summary
+
+
+async def _paged(config: RunConfig, footer: Footer) -> tuple[str, ...]:
+    if config.report is None:
+        return ()
+    return (await asyncio.to_thread(pages.write_page, config, footer),)

@@ -38,7 +38,7 @@ from batchrun.cli.flags import settable
 from batchrun.cli.main import cli
 from batchrun.cli.options import Given, build_config
 from batchrun.config import RunConfig
-from batchrun.console.facts import CollectFacts, MergeFacts, StatusFacts, ValidateFacts
+from batchrun.console.facts import CollectFacts, MergeFacts, ReportFacts, StatusFacts, ValidateFacts
 from batchrun.journal.lock import locked
 from batchrun.journal.state import StateDir
 from batchrun.mock.knobs import Knobs
@@ -496,6 +496,7 @@ def test_the_objects_of_the_other_commands_are_told(checkout: Path) -> None:
             "status a.parquet",
             "collect a.parquet -o b.parquet",
             "merge a.parquet",
+            "report a.parquet",
             "validate sample_inputs/mistakes.jsonl",
             f"models --base-url {server.url}",
         ):
@@ -511,6 +512,7 @@ def test_the_objects_of_the_other_commands_are_told(checkout: Path) -> None:
         "status": StatusFacts,
         "collect": CollectFacts,
         "merge": MergeFacts,
+        "report": ReportFacts,
         "validate": ValidateFacts,
     }
     for command, facts in structs.items():
