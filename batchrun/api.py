@@ -109,6 +109,7 @@ class Options(Where, total=False):
     overwrite: bool
     allow_failures: Allowance
     metrics_file: str | None
+    otel: bool
     report: str | None
     if_locked: IfLocked
     keep_unused_days: float | None

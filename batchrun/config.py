@@ -158,6 +158,7 @@ class RunConfig:
     overwrite: bool = False
     allow_failures: Allowance = Allowance()
     metrics_file: str | None = None
+    otel: bool = False  # tell an OpenTelemetry collector
     report: str | None = None  # a page to make of the output
     if_locked: IfLocked = "fail"
     keep_unused_days: float | None = 30.0  # None: for ever

@@ -451,6 +451,7 @@ TALK = (
     JSON,
     _talk("--log-file", metavar="FILE", help="Append a line a minute, and notes."),
     _talk("--report", metavar="FILE.html", help="A page to look at, made of the output."),
+    _talk("--otel", is_flag=True, help="Tell an OpenTelemetry collector (OTEL_* variables)."),
     _talk("--metrics-file", metavar="FILE", help="Numbers for Prometheus, every few seconds."),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import Final
 from batchrun import console, terminal
 from batchrun.cli.streams import say
 from batchrun.console import StatusFacts
+from batchrun.terminal import LABEL_WIDTH
 
 EVERY_S: Final = 1.0
 # Off a terminal every line stays: so many looks lie between two.
@@ -43,6 +45,14 @@ def _is_drawn_on() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
+def _fitted(line: str, columns: int) -> list[str]:
+    """A line in as many as it takes: a number that the edge cuts off is another number."""
+    label = " " * LABEL_WIDTH
+    more = label if columns > 2 * LABEL_WIDTH else ""
+    width = max(columns, 2)
+    return textwrap.wrap(line, width, subsequent_indent=more, drop_whitespace=True) or [""]
+
+
 class _Drawing:
     """Some lines of the terminal that are written over."""
 
@@ -51,9 +61,10 @@ class _Drawing:
 
     def draw(self, lines: Sequence[str]) -> None:
         try:
-            height = os.get_terminal_size(sys.stderr.fileno()).lines
+            columns, height = os.get_terminal_size(sys.stderr.fileno())
         except OSError:
-            height = 24
+            columns, height = 80, 24
+        lines = [part for line in lines for part in _fitted(line, columns)]
         if len(lines) >= height > 2:
             lines = [*lines[: height - 2], f"... and {len(lines) - height + 2:,} more lines"]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""

@@ -90,9 +90,10 @@ def watched(found: Sequence[StatusFacts]) -> str:
     """One run as ``status`` shows it, several as a line each."""
     if len(found) == 1:
         return status_block(found[0])
-    width = max((len(facts.output) for facts in found), default=0)
+    shown = [*found, _together(found)]
+    width = max(len(facts.output) for facts in shown)
     lines = []
-    for facts in found:
+    for facts in shown:
         speed = ""
         if facts.state == "running" and facts.rows_per_s is not None:
             speed = f"; {_speed_words(facts, facts.rows_per_s)}"
@@ -100,6 +101,29 @@ def watched(found: Sequence[StatusFacts]) -> str:
             f"{facts.output:<{width}}  {facts.state:<8}  {_status_rows(facts.rows)}{speed}"
         )
     return "\n".join(lines)
+
+
+def _together(found: Sequence[StatusFacts]) -> StatusFacts:
+    """All of them as if they were one."""
+    rows = RowCounts(total=0)
+    for each in found:
+        rows.total = (
+            None
+            if rows.total is None or each.rows.total is None
+            else (rows.total + each.rows.total)
+        )
+        rows.ok += each.rows.ok
+        rows.error += each.rows.error
+        rows.pending += each.rows.pending
+    running = [each for each in found if each.state == "running"]
+    speeds = [each.rows_per_s for each in running if each.rows_per_s is not None]
+    return StatusFacts(
+        state="running" if running else found[0].state if found else "finished",
+        output="together",
+        rows=rows,
+        rows_per_s=sum(speeds) if speeds else None,
+        in_flight=sum(each.in_flight or 0 for each in running) if running else None,
+    )
 
 
 def _running(facts: StatusFacts) -> list[str]:

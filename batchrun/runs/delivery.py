@@ -106,7 +106,13 @@ async def send(
             for note in notes:
                 begun.talk.note(note)
             delivered = await sending.deliver(
-                job, endpoint, opened.book, begun.stop, begun.talk, write
+                job,
+                endpoint,
+                opened.book,
+                begun.stop,
+                begun.talk,
+                write,
+                begun.telemetry.told if begun.telemetry is not None else None,
             )
             sending_s = time.monotonic() - started_s
             tally = delivered.tally

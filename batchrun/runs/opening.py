@@ -23,6 +23,7 @@ from batchrun.runs.asking import model_of, prompt_settings
 from batchrun.runs.metrics_file import MetricsFile
 from batchrun.runs.sources import Source, lay_out, shapes
 from batchrun.runs.stop import Stop
+from batchrun.runs.telemetry import Telemetry
 from batchrun.runs.unused import Kept, Unused
 from batchrun.words import count
 
@@ -41,6 +42,7 @@ class Begun:
     started_s: float
     started_at_ms: int
     metrics: MetricsFile | None = None
+    telemetry: Telemetry | None = None
 
     @classmethod
     def now(
@@ -50,9 +52,10 @@ class Begun:
         stop: Stop,
         lock: Lock,
         metrics: MetricsFile | None = None,
+        telemetry: Telemetry | None = None,
     ) -> Begun:
         at_ms = int(time.time() * 1000)
-        return cls(config, talk, stop, lock, time.monotonic(), at_ms, metrics)
+        return cls(config, talk, stop, lock, time.monotonic(), at_ms, metrics, telemetry)
 
     def with_price(self) -> Begun:
         """With the price that is remembered, where none is given."""

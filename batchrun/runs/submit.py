@@ -23,6 +23,7 @@ from batchrun.runs.opening import Begun, Found, Opened
 from batchrun.runs.plan import plan_run
 from batchrun.runs.spending import budget_of, check_price, count_before
 from batchrun.runs.stop import Stop
+from batchrun.runs.telemetry import Telemetry
 from batchrun.summary import RunSummary
 
 
@@ -50,17 +51,23 @@ async def run(
         pages.check_page(config)
         metrics = MetricsFile.of(config)
         place.check_output(config)
+        telemetry = Telemetry.of(config)
         if config.deadline_s is not None:
             stack.enter_context(stop.at_deadline(config.deadline_s))
         lock = await place.hold(config, stop, talk, stack)
         try:
-            summary = await _begin(Begun.now(config, talk, stop, lock, metrics), rows)
+            begun = Begun.now(config, talk, stop, lock, metrics, telemetry)
+            summary = await _begin(begun, rows)
         except BatchrunError as exc:
             if metrics is not None:
                 metrics.end(RunSummary(exit_code=exc.exit_code))
+            if telemetry is not None:
+                await asyncio.to_thread(telemetry.end, RunSummary(exit_code=exc.exit_code))
             raise
         if metrics is not None:
             metrics.end(summary)
+        if telemetry is not None:
+            summary.notes += await asyncio.to_thread(telemetry.end, summary)
         return summary
 
 

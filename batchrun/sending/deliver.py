@@ -26,7 +26,7 @@ from batchrun.console import Progress, Snapshot
 from batchrun.errors import EXIT_IO, BatchrunError
 from batchrun.journal import Held, Journal
 from batchrun.limits import Budget
-from batchrun.sending.desk import JournalDesk
+from batchrun.sending.desk import JournalDesk, Told
 from batchrun.sending.meter import Meter, Totals
 from batchrun.sending.pool import Pool
 from batchrun.sending.prefixes import Prefixes
@@ -69,9 +69,18 @@ class Watch(Protocol):
 
 
 async def deliver(
-    job: Job, endpoint: OpenEndpoint, journal: Journal, end: EarlyEnd, talk: Progress, watch: Watch
+    job: Job,
+    endpoint: OpenEndpoint,
+    journal: Journal,
+    end: EarlyEnd,
+    talk: Progress,
+    watch: Watch,
+    told: Told | None = None,
 ) -> Delivered:
-    """Send the job's requests until they are settled or something ends the run."""
+    """Send the job's requests until they are settled or something ends the run.
+
+    ``told`` hears of each settled row once it is in the journal.
+    """
     how = asked(endpoint.send, job.config, end.requested.is_set)
     desk = JournalDesk(
         journal,
@@ -79,6 +88,7 @@ async def deliver(
         abort_after=job.config.abort_after,
         spent=how.spent,
         price=job.config.price,
+        told=told,
     )
     sender = Sender(
         job.config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from msgspec.structs import replace
 
@@ -30,6 +31,10 @@ def refusal(host: str, decision: Decision) -> EndpointRefused:
     return EndpointRefused(f"{host} {decision.reason}", next_steps=(advice,) if advice else ())
 
 
+# Hears of every settled row, which is given from 0, once it is in the journal.
+Told: TypeAlias = Callable[[Outcome, int], None]
+
+
 class JournalDesk:
     """A pool's desk. After ``abort_after`` rows that failed alike, with never an answer, it ends
     the run and opens those rows again; 0 compares nothing.
@@ -43,8 +48,10 @@ class JournalDesk:
         abort_after: int,
         spent: Callable[[Request], Spent] = nothing_spent,
         price: Price | None = None,
+        told: Told | None = None,
     ) -> None:
         self.tally = RunTally(price)
+        self._told = told
         self.reopened = 0
         self.wrong_model = False
         self._journal = journal
@@ -103,6 +110,8 @@ class JournalDesk:
         if self._unwritten:
             for outcome, reply, row in self._unwritten:
                 self.tally.add(outcome, reply, row)
+                if self._told is not None:
+                    self._told(outcome, row)
             self._unwritten.clear()
 
     def _compare(self, slot: int, decision: Decision) -> EndpointRefused | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -163,8 +167,9 @@ def test_watch_shows_a_run_until_it_has_ended(
     assert batchrun("status", "done.parquet", "in.results.parquet").code == 75
 
 
+@pytest.mark.parametrize("columns", [200, 60, 40])
 def test_watch_draws_over_its_lines_and_ends_at_ctrl_c(
-    batchrun: Command, mock: StartMock, running: StartRun
+    batchrun: Command, mock: StartMock, running: StartRun, columns: int
 ) -> None:
     halfway = Halfway(mock, answered=6)
     write_rows(10)
@@ -173,6 +178,7 @@ def test_watch_draws_over_its_lines_and_ends_at_ctrl_c(
         assert halfway.reached.wait(WAIT_S)
         assert batchrun("status", "done.parquet", "in.results.parquet").code == 11
         ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
         command = ("status", "--watch", "done.parquet", "in.results.parquet")
         with (
             os.fdopen(ours, "rb", buffering=0) as terminal,
@@ -186,13 +192,19 @@ def test_watch_draws_over_its_lines_and_ends_at_ctrl_c(
         ):
             os.close(theirs)
             drawn = b""
-            while b"\x1b[2A" not in drawn:
+            while not (up := re.search(rb"\x1b\[(\d+)A", drawn)):
                 drawn += terminal.read(4_096)
             watching.send_signal(signal.SIGINT)
             assert watching.wait(WAIT_S) == 130
-    first = drawn.partition(b"\x1b[2A")[0].decode()
-    assert "done.parquet        finished  10 of 10 answered" in first
-    assert "in.results.parquet  running " in first
+    first = re.sub("\x1b\\[[?\\dA-Z]+[lhKJ]?", "", drawn[: up.start()].decode())
+    lines = first.replace("\r", "").splitlines()
+    assert len(lines) == int(up[1])
+    # No terminal cuts a number in two: lines are as long as it is wide.
+    assert all(len(line) <= columns for line in lines)
+    said = " ".join(" ".join(lines).split())
+    assert "done.parquet finished 10 of 10 answered" in said
+    assert "in.results.parquet running 6 of 10 answered" in said
+    assert "together running 16 of 20 answered" in said
 
 
 def test_status_of_several_runs_ends_as_the_one_that_needs_somebody(batchrun: Command) -> None:
