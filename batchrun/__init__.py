@@ -7,6 +7,8 @@
     async with batchrun.complete(prompts, mock=True) as results:   # no file, no journal
         async for result in results:
             print(result.response)
+    for batch in batchrun.answers(table, mock=True):                # Arrow in, Arrow out
+        ...
     table = batchrun.read("prompts.mock.parquet")                  # or summary.table()
 
 ``__all__`` is the promise. Nothing heavy is imported before it is used: the command line imports
@@ -19,7 +21,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchrun.api import complete, make_config, read, submit
+    from batchrun.api import answers, answers_schema, complete, make_config, read, submit
     from batchrun.config import VERSION as __version__
     from batchrun.config import Allowance, RunConfig
     from batchrun.errors import (
@@ -55,6 +57,8 @@ __all__ = [
     "Usage",
     "UsageError",
     "__version__",
+    "answers",
+    "answers_schema",
     "complete",
     "make_config",
     "read",
@@ -63,6 +67,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "answers": "api",
+    "answers_schema": "api",
     "complete": "api",
     "make_config": "api",
     "read": "api",

@@ -145,6 +145,26 @@ def submit(
         talk.close()
 
 
+def answers(batches: ArrowStream | Iterable[object], **options: Unpack[Options]) -> runs.Answers:
+    """Answers to the rows of Arrow data, as record batches in the order of the rows.
+
+    ``batches`` is a table or a stream (``__arrow_c_stream__``: of pyarrow, pandas, Polars, DuckDB),
+    or an iterable of record batches or tables, all of the same columns. It is read in a thread of
+    its own, as far ahead as needed: a pool without barriers sends, memory is bounded whatever flows
+    through, and who stops iterating stops the sending. What comes out has the columns of an output
+    of ``submit``, known beforehand as ``.schema``, in batches of at most about a thousand rows. A
+    row's failure is a row; what ends everything early is raised after the rows that were settled.
+    Nothing is kept: leaving the iteration, or ``close()``, gives up what is in flight. ``options``
+    are those of ``submit``.
+    """
+    return runs.Answers(make_config([], STDOUT, **options), batches)
+
+
+def answers_schema(columns: pa.Schema, **options: Unpack[Options]) -> pa.Schema:
+    """The schema of ``answers`` to batches of ``columns``: for engines that ask before a row is."""
+    return runs.answers_schema(make_config([], STDOUT, **options), columns)
+
+
 def complete(
     requests: Iterable[str | Mapping[str, JSONValue]], **options: Unpack[Options]
 ) -> AbstractAsyncContextManager[AsyncIterator[Result]]:

@@ -67,6 +67,14 @@ class ColumnTypes:
         elif self._carry:
             self._observe_named(batch.rows)
 
+    def observe_schema(self, schema: pa.Schema) -> None:
+        """Take note of a table that is in no file; UsageError for a name that it has twice."""
+        if len(set(schema.names)) < len(schema.names):
+            twice = next(name for name in schema.names if schema.names.count(name) > 1)
+            raise UsageError(f'two columns are named "{twice}"; rename one')
+        self._rows += 1
+        self._observe_table(TableColumns(schema, set()))
+
     def _observe_all(self, rows: Rows) -> None:
         columns = _columns_of(rows)
         if columns is None:

@@ -36,7 +36,7 @@ def head(file: InputFile, wanted: int) -> Head:
     with _opened(file) as table:
         size = min(wanted, _HEAD_ROWS, _batch_rows(table.metadata))
         first = next(table.iter_batches(size, use_threads=False), None)
-        found = [] if first is None else with_folders(file, _rows_of(first))
+        found = [] if first is None else with_folders(file, rows_of(first))
         names = _schema_of(file, table).names
         return Head(names, [row for row in found if isinstance(row, dict)])
 
@@ -56,7 +56,7 @@ def read(
             record = _with_folders(file, record, read_names)
             lines = range(done + 1, done + 1 + record.num_rows)
             done += record.num_rows
-            rows = partial(_rows_of, record.select(for_rows))
+            rows = partial(rows_of, record.select(for_rows))
             yield Batch(lines, rows, carry.from_table(record) if carry else None)
 
 
@@ -131,7 +131,7 @@ def _batch_rows(metadata: pq.FileMetaData) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, widest)))
 
 
-def _rows_of(record: pa.RecordBatch) -> Rows:
+def rows_of(record: pa.RecordBatch) -> Rows:
     """A record batch as JSON-like dicts; nulls are absent members, at every depth."""
     names = record.schema.names
     columns = [values_of(record.column(name), name) for name in names]

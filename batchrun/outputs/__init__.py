@@ -8,8 +8,9 @@ from batchrun.outputs.aside import (
     read_marks,
     read_wanted,
 )
+from batchrun.outputs.batches import AnswerBatches
 from batchrun.outputs.columns import NAMES
-from batchrun.outputs.footer import Aside, Footer, Schema, Table
+from batchrun.outputs.footer import Aside, Footer, RecordBatch, Schema, Table
 from batchrun.outputs.parquet import parquet_file, parquet_series, table_of
 from batchrun.outputs.parsed import more_columns, names, names_of
 from batchrun.outputs.publish import publish
@@ -28,12 +29,14 @@ from batchrun.outputs.target import Target, backup, clean_leftovers, replacing
 __all__ = [
     "ASIDE_SCHEMA",
     "NAMES",
+    "AnswerBatches",
     "Aside",
     "Causes",
     "Footer",
     "InvalidRow",
     "Mark",
     "OutputTally",
+    "RecordBatch",
     "Schema",
     "Slice",
     "Table",

@@ -16,6 +16,7 @@ SERIES_KEY = b"batchrun.series"
 # For those who pass one on without a need for pyarrow.
 Schema: TypeAlias = pa.Schema
 Table: TypeAlias = pa.Table
+RecordBatch: TypeAlias = pa.RecordBatch
 
 
 class Aside(Struct, frozen=True):

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 
 from batchrun.chat import Api
 from batchrun.files import from_json, to_json
-from batchrun.outputs.columns import COLUMNS, INSTANT, NAMES, PAID_BY, Column, settled
+from batchrun.outputs.batches import AnswerBatches
+from batchrun.outputs.columns import INSTANT, NAMES, PAID_BY, Column, settled
 from batchrun.outputs.footer import FOOTER_KEY, SERIES_KEY, Footer, footer, footer_json
 from batchrun.outputs.parsed import names_of
-from batchrun.outputs.rows import ANSWERED, GROUP_ROWS, PIECE_ROWS, InvalidRow, Rows, Slice, cleaned
+from batchrun.outputs.rows import ANSWERED, GROUP_ROWS, PIECE_ROWS, InvalidRow, Rows, Slice
 from batchrun.outputs.target import Sink, reading
 from batchrun.series import Series
 from batchrun.types import Answer, Outcome, Usage
@@ -37,13 +38,10 @@ class ParquetWriter:
     ) -> None:
         """``more`` columns stand after the answer columns; ``series`` is kept in the metadata."""
         self._series = series
-        self._columns = (*(COLUMNS if response_body else COLUMNS[:-1]), *more)
-        own = [pa.field(column.name, column.type) for column in self._columns]
-        metadata = {
-            k: v for k, v in (carried.metadata or {}).items() if k not in (FOOTER_KEY, SERIES_KEY)
-        }
-        self._schema = pa.schema([*carried, *own], metadata=metadata or None)
-        repeating = [*carried.names, *(each.name for each in self._columns if each.repeats)]
+        self._batches = AnswerBatches(carried, response_body, more)
+        self._schema = self._batches.schema
+        columns = self._batches.columns
+        repeating = [*carried.names, *(each.name for each in columns if each.repeats)]
         self._writer = pq.ParquetWriter(
             sink,
             self._schema,
@@ -55,12 +53,7 @@ class ParquetWriter:
         self._group_rows = self._group_bytes = 0
 
     def write(self, rows: Rows, carried: pa.RecordBatch | None) -> None:
-        arrays = list(carried.columns) if carried is not None else []
-        try:
-            arrays += self._arrays(rows)
-        except UnicodeEncodeError:
-            arrays += self._arrays(cleaned(rows))
-        batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
+        batch = self._batches.batch(rows, carried)
         size = batch.nbytes
         count = len(rows.outcomes)
         if self._group_rows + count > GROUP_ROWS or self._group_bytes + size > GROUP_BYTES:
@@ -77,24 +70,12 @@ class ParquetWriter:
         self._writer.add_key_value_metadata(told)
         self._writer.close()
 
-    def _arrays(self, rows: Rows) -> list[pa.Array]:
-        return [_array(column.values(rows), column.type) for column in self._columns]
-
     def _close_group(self) -> None:
         if self._group:
             table = pa.Table.from_batches(self._group, self._schema)
             self._group = []
             self._group_rows = self._group_bytes = 0
             self._writer.write_table(table, row_group_size=GROUP_ROWS)
-
-
-def _array(values: Sequence[object] | pa.Array, kind: pa.DataType) -> pa.Array:
-    if isinstance(values, pa.Array):
-        return values
-    first = values[0]
-    if values.count(first) == len(values):  # most columns are of one value, or of none
-        return pa.repeat(pa.scalar(first, kind), len(values))
-    return pa.array(values, kind)
 
 
 def parquet_footer(path: Path) -> Footer | None:

@@ -1,5 +1,6 @@
 """Where the packages meet: whole runs, and the looks at them."""
 
+from batchrun.runs.answers import Answers, answers_schema
 from batchrun.runs.asking import models
 from batchrun.runs.collect import collect, read
 from batchrun.runs.complete import complete
@@ -11,6 +12,8 @@ from batchrun.runs.submit import run
 from batchrun.runs.validate import look, validate
 
 __all__ = [
+    "Answers",
+    "answers_schema",
     "collect",
     "complete",
     "estimate",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
 
 from batchrun import chat
 from batchrun.chat import CHAT, Builder, Invalid
@@ -15,24 +18,51 @@ from batchrun.config import JSONValue, RunConfig
 from batchrun.console import Progress
 from batchrun.errors import BatchrunError, EndpointRefused, UsageError
 from batchrun.inputs import image_urls
+from batchrun.outputs import InvalidRow
 from batchrun.runs.asking import endpoint_to_send, prompt_settings
-from batchrun.runs.equals import Equals
+from batchrun.runs.equals import Equals, Settled
 from batchrun.runs.spending import budget_of, check_bounded, check_price
 from batchrun.sending import Budget, EarlyEnd, Feed, Sender, Spent, asked, outcome_of, refusal
-from batchrun.types import Answer, Attempt, Decision, Outcome, Request, Result, Tries
+from batchrun.types import NO_USAGE, Answer, Attempt, Decision, Outcome, Request, Result, Tries
 
 # Requests read ahead, and results waiting for their reader: what bounds the memory.
 READ_AHEAD = 64
 UNREAD_RESULTS = 1024
 
 
+Row: TypeAlias = str | Mapping[str, JSONValue]
+
+
 @asynccontextmanager
 async def complete(
-    config: RunConfig, requests: Iterable[str | Mapping[str, JSONValue]]
+    config: RunConfig, requests: Iterable[Row]
 ) -> AsyncIterator[AsyncIterator[Result]]:
     """Answers as they come, in no order, without a file or a journal.
 
     What a request may be, and how it ends, says ``api.complete``.
+    """
+    # Whoever leaves the block, or is refused, waits for nothing.
+    hasty = replace(config, drain_s=0.0)
+    async with settling(hasty, _one_by_one(requests)) as settled:
+        yield (_result_of(each) async for each in settled)
+
+
+async def _one_by_one(rows: Iterable[Row]) -> AsyncIterator[Row]:
+    """Read on the caller's own thread, which lets others work now and then."""
+    for number, row in enumerate(rows):
+        yield row
+        if number % READ_AHEAD == 0:
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def settling(
+    config: RunConfig, rows: AsyncIterator[Row]
+) -> AsyncIterator[AsyncIterator[Settled]]:
+    """Rows as they are settled, in no order; leaving the block waits for nothing.
+
+    What ends the run early is raised by the iteration, after what was in flight for up to
+    ``config.drain_s`` seconds; so is what ``rows`` raises.
     """
     check_price(config)
     budget = budget_of(config)
@@ -40,18 +70,16 @@ async def complete(
     async with endpoint_to_send(config, end.check) as endpoint:
         how = asked(endpoint.send, config, end.requested.is_set)
         desk = _ResultDesk(endpoint.host, how.spent, Equals() if config.dedupe else None)
-        reader = _Reader(_Builders(config, budget), iter(requests), desk, end)
-        # Whoever leaves the block, or is refused, waits for nothing.
-        hasty = replace(config, drain_s=0.0)
+        reader = _Reader(_Builders(config, budget), rows, desk, end)
         sender = Sender(
-            hasty, endpoint, desk, Progress(quiet=True), how, one_model=False, budget=budget
+            config, endpoint, desk, Progress(quiet=True), how, one_model=False, budget=budget
         )
         # Not a TaskGroup: it would wrap what the caller's own block raises.
         task = asyncio.create_task(_send(sender, reader, desk, end))
         try:
             yield _results(desk, reader, task)
         finally:
-            end.tell(_Closed("no more results are wanted"))
+            end.tell(_Closed("no more results are wanted"), urgent=True)
             await task
 
 
@@ -66,7 +94,7 @@ async def _send(
 
 async def _results(
     desk: _ResultDesk, reader: _Reader, sending: asyncio.Task[BatchrunError | None]
-) -> AsyncIterator[Result]:
+) -> AsyncIterator[Settled]:
     while await desk.has_more():
         yield desk.take()
     if reader.error is not None:
@@ -84,7 +112,7 @@ class _ResultDesk:
         self._spent = spent
         self._equals = equals
         self._ids: dict[int, str] = {}  # row -> custom_id, of rows on their way
-        self._results: deque[Result] = deque()
+        self._results: deque[Settled] = deque()
         self._ended = False
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -98,7 +126,7 @@ class _ResultDesk:
             await self._news.wait()
         return bool(self._results)
 
-    def take(self) -> Result:
+    def take(self) -> Settled:
         self._room.set()
         return self._results.popleft()
 
@@ -115,15 +143,17 @@ class _ResultDesk:
 
     def expect(self, request: Request, custom_id: str) -> bool:
         """Whether this request is to be sent; if not, its result is that of an equal one."""
-        if self._equals is not None and not self._equals.is_first(request.hash, custom_id):
-            for result in self._equals.ready(request.hash):
-                self.give(result)
+        if self._equals is not None and not self._equals.is_first(
+            request.hash, request.row, custom_id
+        ):
+            for settled in self._equals.ready(request.hash):
+                self.give(settled)
             return False
         self._ids[request.row] = custom_id
         return True
 
-    def give(self, result: Result) -> None:
-        self._results.append(result)
+    def give(self, settled: Settled) -> None:
+        self._results.append(settled)
         self._news.set()
 
     def end(self) -> None:
@@ -142,10 +172,10 @@ class _ResultDesk:
 
     def settled(self, request: Request, attempt: Attempt, decision: Decision, tries: Tries) -> None:
         outcome = outcome_of(request, attempt, decision, tries, self._spent(request))
-        result = result_of(self._ids.pop(request.row), outcome)
-        self.give(result)
+        settled = Settled(request.row, self._ids.pop(request.row), outcome)
+        self.give(settled)
         if self._equals is not None:
-            for copy in self._equals.settled(request.hash, result):
+            for copy in self._equals.settled(request.hash, settled):
                 self.give(copy)
         self._room.set()
 
@@ -165,7 +195,7 @@ class _Reader:
     def __init__(
         self,
         builders: _Builders,
-        rows: Iterator[str | Mapping[str, JSONValue]],
+        rows: AsyncIterator[Row],
         desk: _ResultDesk,
         end: EarlyEnd,
     ) -> None:
@@ -183,20 +213,19 @@ class _Reader:
             self._end.tell(_Closed("the requests cannot be read on"))
 
     async def _fill(self, feed: Feed, staff: Callable[[], None]) -> None:
-        for number, row in enumerate(self._rows):
+        number = -1
+        async for row in self._rows:
+            number += 1
             await self._desk.room()
-            built = self._builders.request(number, row)
-            if isinstance(built, Result):
-                self._desk.give(built)
+            request, custom_id = self._builders.request(number, row)
+            if isinstance(request, InvalidRow):
+                self._desk.give(Settled(number, custom_id, request))
                 continue
-            request, custom_id = built
             if not self._desk.expect(request, custom_id):
                 continue
             if not feed.put([request], wait=False):
                 return
             staff()
-            if number % READ_AHEAD == 0:
-                await asyncio.sleep(0)
         feed.end()
         staff()
 
@@ -215,19 +244,17 @@ class _Builders:
         self._by_columns: dict[tuple[str, ...], Builder] = {}
         CHAT.detect((), (), self._settings, config.shape, "the rows")  # a bad template is said now
 
-    def request(
-        self, number: int, row: str | Mapping[str, JSONValue]
-    ) -> tuple[Request, str] | Result:
-        """The request and its custom_id, or the error row of a row that cannot become one."""
+    def request(self, number: int, row: Row) -> tuple[Request | InvalidRow, str]:
+        """The request, or why this row cannot become one, and its custom_id."""
         if isinstance(row, str):
             row = {self._config.prompt_column or "prompt": row}
         custom_id = chat.custom_id(row) or str(number + 1)
         try:
             built = self._builder(row).build(row)
             if isinstance(built, Invalid):
-                return invalid_result(custom_id, built.code, built.reason)
+                return InvalidRow(built.code, built.reason), custom_id
         except UsageError as exc:
-            return invalid_result(custom_id, "no_prompt", exc.message)
+            return InvalidRow("no_prompt", exc.message), custom_id
         request = Request(
             row=number,
             body=chat.encode(built.body),
@@ -252,8 +279,26 @@ class _Builders:
         return builder
 
 
-def result_of(custom_id: str, outcome: Outcome) -> Result:
+def _result_of(settled: Settled) -> Result:
     """One finished row as the Python API shows it."""
+    _, custom_id, outcome, paid_by = settled
+    if isinstance(outcome, InvalidRow):
+        return _invalid_result(custom_id, outcome.code, outcome.reason)
+    result = _answered(custom_id, outcome)
+    if paid_by is None:
+        return result
+    return msgspec.structs.replace(
+        result,
+        paid_by=paid_by,
+        usage=NO_USAGE,
+        attempts=0,
+        in_doubt_attempts=0,
+        latency_s=None,
+        ttft_s=None,
+    )
+
+
+def _answered(custom_id: str, outcome: Outcome) -> Result:
     ok = outcome.kind == "ok"
     has_answer = ok or outcome.kind == "invalid_answer"
     answer = CHAT.answer(outcome.body) if has_answer else Answer()
@@ -282,7 +327,7 @@ def result_of(custom_id: str, outcome: Outcome) -> Result:
     )
 
 
-def invalid_result(custom_id: str, code: str, reason: str) -> Result:
+def _invalid_result(custom_id: str, code: str, reason: str) -> Result:
     """The error row of a row that cannot become a request."""
     return Result(
         custom_id=custom_id,

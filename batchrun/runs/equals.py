@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from msgspec.structs import replace
+from batchrun.outputs import InvalidRow
+from batchrun.types import Outcome
 
-from batchrun.types import NO_USAGE, Result
+
+class Settled(NamedTuple):
+    """A row that is done: its place among the rows from 0, its name, and what came of it."""
+
+    number: int
+    custom_id: str
+    outcome: Outcome | InvalidRow
+    paid_by: str | None = None  # the custom_id of the row whose answer this one takes
 
 
 class Equals:
     """Who waits for whose answer, and the answers that were given: they stay for those to come."""
 
     def __init__(self) -> None:
-        self._results: dict[bytes, Result | None] = {}  # None: on its way
-        self._waiting: dict[bytes, list[str]] = {}
+        self._settled: dict[bytes, Settled | None] = {}  # None: on its way
+        self._waiting: dict[bytes, list[tuple[int, str]]] = {}
         self.waiting = 0
 
-    def is_first(self, hash: bytes, custom_id: str) -> bool:
+    def is_first(self, hash: bytes, number: int, custom_id: str) -> bool:
         """Note that this row asks that; False for one that is to wait for the answer of another."""
-        if hash not in self._results:
-            self._results[hash] = None
+        if hash not in self._settled:
+            self._settled[hash] = None
             return True
-        self._waiting.setdefault(hash, []).append(custom_id)
+        self._waiting.setdefault(hash, []).append((number, custom_id))
         self.waiting += 1
         return False
 
-    def settled(self, hash: bytes, result: Result) -> Iterator[Result]:
+    def settled(self, hash: bytes, first: Settled) -> Iterator[Settled]:
         """Note what came; yield it for those that waited for it."""
-        self._results[hash] = result
+        self._settled[hash] = first
         return self.ready(hash)
 
-    def ready(self, hash: bytes) -> Iterator[Result]:
+    def ready(self, hash: bytes) -> Iterator[Settled]:
         """What rows get that wait for an answer that is there."""
-        if (result := self._results[hash]) is None:
+        if (first := self._settled[hash]) is None:
             return
-        for custom_id in self._waiting.pop(hash, ()):
+        for number, custom_id in self._waiting.pop(hash, ()):
             self.waiting -= 1
-            yield replace(
-                result,
-                custom_id=custom_id,
-                paid_by=result.custom_id,
-                usage=NO_USAGE,
-                attempts=0,
-                in_doubt_attempts=0,
-                latency_s=None,
-                ttft_s=None,
-            )
+            yield Settled(number, custom_id, first.outcome, first.custom_id)
