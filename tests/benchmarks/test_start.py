@@ -43,8 +43,8 @@ def ratio(command: Sequence[str], reference: Sequence[str], cwd: Path) -> float:
 def test_help_costs_little_more_than_its_library(tmp_path: Path) -> None:
     for command in ([], ["submit"]):
         help_ = ["-m", "batchrun", *command, "--help"]
-        # Measured: 1.6.
-        assert ratio(help_, ["-c", "import click"], tmp_path) < 2.5
+        # Measured: 1.9 to 2.3.
+        assert ratio(help_, ["-c", "import click"], tmp_path) < 3.0
 
 
 @pytest.mark.slow

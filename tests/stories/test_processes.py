@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROWS = 300
 IN_FLIGHT = 16
+SOCKETS_AT_REST = 3  # of a process without connections: its orders, and the loop's own two
 WAIT_S = 60.0  # for events of other processes; reached only when something is broken
 # What tells one run from another: times, and the request ids of the endpoint.
 OF_THE_RUN = ("latency_s", "ttft_s", "finished_at", "request_id")
@@ -70,11 +71,17 @@ def until(is_so: Callable[[], bool]) -> None:
 
 
 def at_work(run: Run, server: MockServerThread, requests: int) -> list[int]:
-    """Wait until so many requests were made; the processes that make them."""
+    """Wait until so many requests were made, and both processes make some; which those are."""
     until(lambda: server.ledger.requests >= requests)
     pids = children(run.pid)
     assert len(pids) == 2
+    until(lambda: all(sockets(pid) > SOCKETS_AT_REST for pid in pids))
     return pids
+
+
+def sockets(pid: int) -> int:
+    found = Path(f"/proc/{pid}/fd").iterdir()
+    return sum(os.readlink(fd).startswith("socket:") for fd in found)
 
 
 def check_table() -> None:
