@@ -116,6 +116,7 @@ class Options(Where, total=False):
     carry: tuple[str, ...] | None
     response_body: bool
     price: Price | None
+    price_note: str
     command: str
 
 

@@ -167,6 +167,7 @@ class RunConfig:
     carry: tuple[str, ...] | None = None  # None: all; () none
     response_body: bool = True
     price: Price | None = None  # None: the one remembered with the output, if any
+    price_note: str = ""  # where it is from, or why there is none
 
     # the words for people
     command: str = "batchrun submit"  # what `next` lines repeat, without secrets

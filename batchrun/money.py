@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from batchrun.types import Usage
 
 _MILLION: Final = 1_000_000
+AUTO_PRICE: Final = "auto"  # that of the list
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class Price:
             numbers = []
         if len(numbers) not in (2, 3) or not all(map(_is_price, numbers)):
             raise UsageError(
-                f"--price {text}: write IN,OUT or IN,OUT,CACHED, in US dollars per million tokens"
+                f"--price {text}: write IN,OUT or IN,OUT,CACHED, in US dollars per million tokens,"
+                " or auto"
             )
         return cls(*numbers)
 
@@ -52,6 +54,12 @@ class Price:
             + cached * (self.cached or 0.0)
             + completion * self.output
         ) / _MILLION
+
+    def saved_usd(self, cached_tokens: int | None) -> float | None:
+        """What so many cached tokens cost less than others; None where that is not known."""
+        if self.cached is None or cached_tokens is None:
+            return None
+        return cached_tokens * (self.input - self.cached) / _MILLION
 
     def most_usd(self, prompt_tokens: int, completion_tokens: int) -> float:
         """What so many tokens cost at the very most, however many of them were cached."""

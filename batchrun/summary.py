@@ -52,6 +52,7 @@ class TokenCounts(Struct):
     reasoning: int | None = None
     rows_without_usage: int = 0
     cost_usd: float | None = None  # of the rows with usage; None: no price is known
+    saved_usd: float | None = None  # what cached prompt tokens cost less than others
 
 
 class OutputTotals(Struct):

@@ -36,6 +36,7 @@ VOCABULARY = {
         "files",
         "shards",
         "series",
+        "prices",
     ),
 }
 # Which packages a package may import, besides the vocabulary: only through their doors.
@@ -69,6 +70,7 @@ LIBRARY_ROOMS = {
     "jinja2": {"chat", "report"},
     "jsonschema_rs": {"chat"},
     "msgspec": EVERYWHERE,
+    "genai_prices": {"prices"},
     "opentelemetry": {"runs"},
     "ray": {"processes"},
     "pyarrow": {"inputs", "outputs", "report"},

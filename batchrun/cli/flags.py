@@ -39,7 +39,7 @@ from batchrun.config import (
     SchemaDialect,
     Shape,
 )
-from batchrun.money import Price
+from batchrun.money import AUTO_PRICE, Price
 from batchrun.providers import PROVIDERS
 from batchrun.shards import Shard
 
@@ -153,6 +153,13 @@ _talk = partial(Option, heading="Talk")
 _pace = partial(Option, heading="Pace")
 _failures = partial(Option, heading="Failures")
 _state = partial(Option, heading="State")
+
+
+def _given_price(text: str) -> Price | None:
+    """None for that of the list, which depends on endpoint and model."""
+    return None if text == AUTO_PRICE else Price.parse(text)
+
+
 INPUTS = click.Argument(["inputs"], nargs=-1, required=True, metavar="INPUT...", type=click.Path())
 JSON = _talk("--json", is_flag=True, help="Print one JSON object on stdout at the end.")
 
@@ -363,9 +370,9 @@ DEDUPE = _sent(
 ROWS = (
     _output(
         "--price",
-        read=Price.parse,
-        metavar="IN,OUT[,CACHED]",
-        help="US dollars per million tokens: what the answers cost.",
+        read=_given_price,
+        metavar="IN,OUT[,CACHED]|auto",
+        help="US dollars per million tokens: what answers cost. auto: by the list.",
     ),
     _sent("--limit", "-n", typed_only=True, type=int, shows="all", help="Only the first N rows."),
     _sent(

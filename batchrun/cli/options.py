@@ -26,6 +26,7 @@ from batchrun.config import (
     with_its_share,
 )
 from batchrun.errors import UsageError
+from batchrun.money import AUTO_PRICE, Price
 from batchrun.providers import MOCK, PROVIDERS, Endpoint
 from batchrun.secret import Secret, hidden_in_url
 from batchrun.shards import Shard
@@ -88,7 +89,7 @@ def build_config(given: Given, *, sends: bool = True) -> RunConfig:
     headers = parse_headers(given.texts("header"))
     endpoint = MOCK if given.flag("mock") else _endpoint(given, headers, demands_key=sends)
     params, replacing = _params(given)
-    settled = {
+    settled: dict[str, Any] = {
         "inputs": given.texts("inputs"),
         "output": output,
         "output_format": output_format(output),
@@ -101,7 +102,18 @@ def build_config(given: Given, *, sends: bool = True) -> RunConfig:
         "headers": headers,
         "command": command_to_paste(given.argv),
     }
+    if given.text("price") == AUTO_PRICE:
+        settled["price"], settled["price_note"] = _listed_price(
+            endpoint, settled["model"], binds=given.values.get("max_cost") is not None
+        )
     return with_its_share(RunConfig(**{**_one_by_one(given), **settled}))
+
+
+def _listed_price(endpoint: Endpoint, model: object, *, binds: bool) -> tuple[Price | None, str]:
+    # Not above: nobody else looks at a list of prices.
+    from batchrun.prices import listed
+
+    return listed(endpoint.url, str(model or endpoint.default_model or "") or None, binds=binds)
 
 
 def output_of(given: Given) -> dict[str, Any]:

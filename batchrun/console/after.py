@@ -192,6 +192,8 @@ def cost_words(tokens: TokenCounts) -> str | None:
     if tokens.cost_usd is None:
         return None
     words = dollars(tokens.cost_usd)
+    if tokens.saved_usd:
+        words += f", {dollars(tokens.saved_usd)} saved by cached prompts"
     if unknown := tokens.rows_without_usage:
         words += f"; {count(unknown, 'row')} reported no usage: not in it"
     return words

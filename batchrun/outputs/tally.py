@@ -96,6 +96,7 @@ class TokenSums:
             reasoning=self.reasoning,
             rows_without_usage=self.rows_without_usage,
             cost_usd=self.cost_usd,
+            saved_usd=None if self.price is None else self.price.saved_usd(self.cached),
         )
 
 

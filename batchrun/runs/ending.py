@@ -85,6 +85,7 @@ def _summary(begun: Begun, phases: Phases) -> RunSummary:
     """What is told alike of every end."""
     config, (opened, plan, sent, kept, backup) = begun.config, phases
     notes = [
+        *([config.price_note] if config.price_note else ()),
         *(opened.notes if opened else ()),
         *(plan.warnings if plan else ()),
         *(sent.notes if sent else ()),
