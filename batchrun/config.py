@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from batchrun.addresses import is_address, name_of
 from batchrun.errors import UsageError
 from batchrun.money import Price
 from batchrun.providers import MOCK, Endpoint
@@ -294,6 +295,10 @@ def default_output(inputs: Sequence[str], *, mock: bool) -> str:
     if len(inputs) != 1 or inputs[0] == STDIN:
         what = "an input from stdin needs" if len(inputs) == 1 else "several inputs need"
         raise UsageError(f"{what} -o OUTPUT", next_steps=("-o answers.parquet",))
+    if is_address(inputs[0]):
+        raise UsageError(
+            f"{inputs[0]}: name the output with -o", next_steps=("-o answers.parquet",)
+        )
     path = Path(inputs[0])
     if path.is_dir() or (re.search(r"[*?\[]", inputs[0]) and not path.exists()):
         raise UsageError(
@@ -308,6 +313,7 @@ def default_output(inputs: Sequence[str], *, mock: bool) -> str:
 
 
 def output_format(output: str) -> OutputFormat:
+    output = name_of(output) if is_address(output) else output
     if output == STDOUT or output.endswith(".jsonl"):
         return "jsonl"
     if output.endswith(".parquet"):

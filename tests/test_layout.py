@@ -35,7 +35,7 @@ VOCABULARY = {
         "process",
         "files",
         "shards",
-        "series",
+        *("series", "addresses", "storage"),
         "prices",
     ),
 }
@@ -73,7 +73,7 @@ LIBRARY_ROOMS = {
     "genai_prices": {"prices"},
     "opentelemetry": {"runs"},
     "ray": {"processes"},
-    "pyarrow": {"inputs", "outputs", "report"},
+    "pyarrow": {"inputs", "outputs", "report", "storage"},
     "tenacity": {"sending"},
     "tqdm": {"console"},
 }

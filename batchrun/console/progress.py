@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TextIO
 
@@ -86,6 +86,7 @@ class Progress:
         stream = sys.stderr if stream is None else stream  # None again where it is closed
         self.is_tty = stream is not None and stream.isatty() if is_tty is None else is_tty
         self._width = min(BAR_WIDTH, shutil.get_terminal_size().columns - ECHO_WIDTH)
+        self.names: Mapping[str, str] = {}  # what is said instead of some words
         self._quiet = quiet
         self._verbose = verbose
         self._clock = clock
@@ -100,12 +101,14 @@ class Progress:
     def print_block(self, block: str, lines: Iterable[str] = ()) -> None:
         """Print ``block`` on a terminal; elsewhere, and in the log file, ``lines`` with a time."""
         stamped = [self._stamped(line) for line in lines]
-        self._writer.ask(Lines(block.split("\n") if self.is_tty else stamped, stamped))
+        self._writer.ask(
+            Lines(self._renamed(block).split("\n") if self.is_tty else stamped, stamped)
+        )
 
     def note(self, text: str, *, label: str = "note") -> None:
         """Print one line under a label without breaking the bar."""
         stamped = self._stamped(f"{label} {text}")
-        shown = f"{label:<{LABEL_WIDTH}}{text}" if self.is_tty else stamped
+        shown = f"{label:<{LABEL_WIDTH}}{self._renamed(text)}" if self.is_tty else stamped
         self._writer.ask(Lines([shown], [stamped]))
 
     def detail(self, text: str) -> None:
@@ -158,8 +161,13 @@ class Progress:
         """Wait, but not for ever, until everything is written; nothing can be said afterwards."""
         self._writer.close()
 
+    def _renamed(self, text: str) -> str:
+        for name, shown in self.names.items():
+            text = text.replace(name, shown)
+        return text
+
     def _stamped(self, text: str) -> str:
-        return f"{self._now().isoformat(timespec='seconds')} {text}"
+        return f"{self._now().isoformat(timespec='seconds')} {self._renamed(text)}"
 
 
 class Speed:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from msgspec.structs import replace
 
 from batchrun import inputs, outputs, process
+from batchrun.addresses import is_address
 from batchrun.config import STDIN, STDOUT, VERSION, OutputFormat, output_format
 from batchrun.console import CollectFacts
 from batchrun.errors import UsageError
@@ -19,7 +20,7 @@ from batchrun.inputs import Batch
 from batchrun.journal import Journal, Saved, StateDir, holder, read_saved, restored
 from batchrun.money import Price
 from batchrun.outputs import Footer, OutputTally, Schema, Slice, Table, Target
-from batchrun.runs import passes
+from batchrun.runs import objects, passes
 from batchrun.runs.asking import prompt_settings
 from batchrun.runs.facts import now_utc
 from batchrun.runs.place import state_of
@@ -35,6 +36,13 @@ def collect(output: str, state_dir: Path | None = None, target: str | None = Non
     """
     if not Path(output).name:
         raise UsageError(f"{output or 'nothing'}: not the name of an output")
+    if is_address(output) and (target is None or is_address(target)):
+        raise UsageError("collect writes a local file: name it with -o")
+    with objects.at_hand(output) as local:
+        return replace(_collect(local, state_dir, target), collected_from=output)
+
+
+def _collect(output: str, state_dir: Path | None, target: str | None) -> CollectFacts:
     target = target or str(outputs.partial_of(Path(output)))
     state = state_of(output, state_dir)
     book = Journal.peek(state)
@@ -52,7 +60,9 @@ def _collected(
 ) -> CollectFacts:
     config = restored(saved)
     spool = state.spool() if STDIN in config.inputs else None
-    files = inputs.resolve(config.inputs, config.input_format, spool=spool, output=Path(output))
+    files = objects.named(
+        inputs.resolve(config.inputs, config.input_format, spool=spool, output=Path(output))
+    )
     sources = lay_out(files.files, prompt_settings(config), config)
     planned = with_copies(make_plan(sources, config, book, never_stop), book, config)
     place = _target_of(target, output, book.header.run_id, [each.path for each in files.files])
@@ -125,6 +135,11 @@ def _converted(output: str, target: str) -> CollectFacts:
 
 def read(output: str, columns: Sequence[str] | None = None) -> Table:
     """The published output as one Arrow table; UsageError for what is none of batchrun's."""
+    with objects.at_hand(output) as local:
+        return _read(local, columns)
+
+
+def _read(output: str, columns: Sequence[str] | None) -> Table:
     path = Path(output)
     footer = footer_of(output)
     if footer is None:
@@ -144,7 +159,7 @@ def _published_slices(output: Path) -> tuple[Schema, Iterator[Slice]]:
     if output.suffix == ".parquet":
         return outputs.slices_of(output)
     # A JSONL output has values but no types: they are found as for any JSONL input.
-    file = inputs.resolve([str(output)]).files[0]
+    file = objects.named(inputs.resolve([str(output)])).files[0]
     types = inputs.ColumnTypes(None, outputs.NAMES)
     for piece in outputs.untyped_slices(output):
         types.observe(file, Batch(range(len(piece.carried)), [*piece.carried], None))

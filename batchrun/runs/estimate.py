@@ -16,7 +16,7 @@ from batchrun.config import STDIN, RunConfig
 from batchrun.console import Between, EstimateFacts
 from batchrun.journal import Header, Held, Journal, StateDir
 from batchrun.money import Price
-from batchrun.runs import passes, place
+from batchrun.runs import objects, passes, place
 from batchrun.runs.asking import model_of, prompt_settings
 from batchrun.runs.opening import header_of
 from batchrun.runs.other_parts import take_over
@@ -86,12 +86,19 @@ def estimate(config: RunConfig) -> EstimateFacts:
 
     Sends nothing and writes nothing beside a temporary directory.
     """
+    with objects.inputs_at_hand(config) as local:
+        return _estimate(local)
+
+
+def _estimate(config: RunConfig) -> EstimateFacts:
     with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
         spool = None
         if STDIN in config.inputs:
             spool = inputs.spool(process.stdin(never_stop), StateDir(Path(directory, "stdin")))
         output = None if config.to_stdout else Path(config.output)
-        files = inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
+        files = objects.named(
+            inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
+        )
         sources = lay_out(files.files, prompt_settings(config), config)
         settings = config.request_settings(*shapes(sources)) | {"model": model_of(config)}
         state = StateDir(Path(directory, "state"))

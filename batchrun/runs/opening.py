@@ -18,7 +18,7 @@ from batchrun.errors import SettingsDiffer, UsageError
 from batchrun.inputs import Resolved, RowsOrTable
 from batchrun.journal import FORMAT, Header, Journal, Lock, Recovery, StateDir, read_saved
 from batchrun.outputs import Footer, Target
-from batchrun.runs import place
+from batchrun.runs import objects, place
 from batchrun.runs.asking import model_of, prompt_settings
 from batchrun.runs.metrics_file import MetricsFile
 from batchrun.runs.sources import Source, lay_out, shapes
@@ -124,7 +124,9 @@ def _resolve(begun: Begun, rows: RowsOrTable | None) -> Resolved:
         source = process.stdin(begun.stop.check) if rows is None else rows
         spool = inputs.spool(source, state)
     output = None if config.to_stdout else Path(config.output)
-    found = inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
+    found = objects.named(
+        inputs.resolve(config.inputs, config.input_format, spool=spool, output=output)
+    )
     state.check_apart(each.path for each in found.files if each.path != spool)
     return found
 

@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 from batchrun import outputs
+from batchrun.addresses import is_address, name_of
 from batchrun.config import STDOUT, RunConfig
 from batchrun.console import ReportFacts
 from batchrun.errors import BatchrunError, UsageError
 from batchrun.files import open_regular, reporting
 from batchrun.journal import StateDir, read_series
 from batchrun.outputs import Footer, Target
+from batchrun.runs import objects
 from batchrun.runs.status import footer_of
 from batchrun.series import Series
 
@@ -77,16 +79,23 @@ def make_page(output: str, target: str | None) -> ReportFacts:
     """
     if target == STDOUT:
         raise UsageError("-o -: the page is a file; name it")
-    footer = footer_of(output)
+    with objects.at_hand(output) as local:
+        place = Path(target) if target is not None else Path(name_of(output)).with_suffix(".html")
+        if not is_address(output) and target is None:
+            place = Path(output).with_suffix(".html")
+        return _make_page(output, Path(local), place)
+
+
+def _make_page(output: str, local: Path, place: Path) -> ReportFacts:
+    footer = footer_of(str(local))
     if footer is None:
         raise UsageError(f"{output}: no output of batchrun there")
-    if Path(output).suffix != ".parquet":
+    if local.suffix != ".parquet":
         raise UsageError(
             f"{output}: a page is made from a Parquet output",
             next_steps=("submit with -o answers.parquet",),
         )
-    place = Path(target) if target is not None else Path(output).with_suffix(".html")
-    _write(Path(output), footer, place, f"-o {place}")
+    _write(local, footer, place, f"-o {place}")
     size_bytes = place.stat().st_size
     return ReportFacts(page=str(place), output=output, rows=footer.rows, size_bytes=size_bytes)
 

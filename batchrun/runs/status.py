@@ -6,11 +6,14 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from batchrun import outputs
 from batchrun.console import StatusFacts
 from batchrun.errors import UsageError
 from batchrun.journal import Held, Holder, Journal, StateDir, holder, read_saved, read_status
 from batchrun.outputs import Footer
+from batchrun.runs import objects
 from batchrun.runs.place import state_of
 from batchrun.runs.unused import Unused
 from batchrun.summary import RowCounts
@@ -18,6 +21,11 @@ from batchrun.summary import RowCounts
 
 def status(output: str, state_dir: Path | None = None) -> StatusFacts:
     """How the run of ``output`` stands: running, stopped or finished. UsageError when none is."""
+    with objects.at_hand(output) as local:
+        return replace(_status(local, state_dir), output=output)
+
+
+def _status(output: str, state_dir: Path | None) -> StatusFacts:
     state = state_of(output, state_dir)
     held_by = holder(state)
     if held_by is not None or state.has_journal():

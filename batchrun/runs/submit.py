@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import ExitStack, closing
+from functools import partial
 
 from batchrun import process
 from batchrun.config import RunConfig
@@ -16,7 +17,7 @@ from batchrun.console import Progress
 from batchrun.errors import BatchrunError, UsageError
 from batchrun.inputs import RowsOrTable
 from batchrun.outputs import Footer
-from batchrun.runs import asking, delivery, ending, opening, pages, place, publishing
+from batchrun.runs import asking, delivery, ending, objects, opening, pages, place, publishing
 from batchrun.runs.ending import Phases
 from batchrun.runs.metrics_file import MetricsFile
 from batchrun.runs.opening import Begun, Found, Opened
@@ -42,6 +43,16 @@ async def run(
     ``rows`` are what the input ``-`` stands for, instead of stdin: dicts or an Arrow table.
     """
     talk = talk or Progress(quiet=True)
+    work = partial(_run, talk=talk, handle_signals=handle_signals, rows=rows)
+    if objects.is_remote(config):
+        return await objects.run(config, talk, work)
+    return await work(config)
+
+
+async def _run(
+    config: RunConfig, talk: Progress, *, handle_signals: bool, rows: RowsOrTable | None
+) -> RunSummary:
+    """On local files."""
     stop = Stop(talk)
     with ExitStack() as stack:
         if handle_signals:

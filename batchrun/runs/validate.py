@@ -7,10 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 from batchrun import chat, inputs, process
+from batchrun.addresses import is_address
 from batchrun.chat import Invalid
 from batchrun.config import STDIN, RunConfig
 from batchrun.console import BadRowFacts, ValidateFacts
 from batchrun.journal import SlotTable, StateDir
+from batchrun.runs import objects
 from batchrun.runs.asking import prompt_settings
 from batchrun.runs.facts import file_facts
 from batchrun.runs.plan import notes, taken_names
@@ -22,11 +24,18 @@ SHOWN_BAD_ROWS = 1_000
 
 def validate(config: RunConfig, show: int = 0) -> ValidateFacts:
     """Build every row's request and send nothing. ``show`` is how many bodies come back whole."""
+    with objects.inputs_at_hand(config) as local:
+        return _validate(local, show)
+
+
+def _validate(config: RunConfig, show: int) -> ValidateFacts:
     with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
         spool = None
         if STDIN in config.inputs:
             spool = inputs.spool(process.stdin(never_stop), StateDir(Path(directory)))
-        files, skipped = inputs.resolve(config.inputs, config.input_format, spool=spool)
+        files, skipped = objects.named(
+            inputs.resolve(config.inputs, config.input_format, spool=spool)
+        )
         settings = prompt_settings(config)
         sources = lay_out(files, settings, config)
         taken = taken_names(config)
@@ -73,6 +82,6 @@ def look(config: RunConfig) -> None:
 
     What comes on stdin is not looked at: it can be read only once.
     """
-    if STDIN not in config.inputs:
-        files = inputs.resolve(config.inputs, config.input_format)
+    if STDIN not in config.inputs and not any(map(is_address, config.inputs)):
+        files = objects.named(inputs.resolve(config.inputs, config.input_format))
         lay_out(files.files, prompt_settings(config), config)
