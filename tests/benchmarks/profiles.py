@@ -134,12 +134,12 @@ PROFILES = {
             rows=2_000,
             contenders=("batchrun-auto", "batchrun"),
         ),
-        *(_places(n, "429", "429 and Retry-After 1", retry_after_s=1) for n in (2, 32)),
+        *(_places(n, "429", "429 and Retry-After 1", retry_after_s=1) for n in (2, 4, 32)),
         *(
             _places(n, "503", "503 and Retry-After 1", refusal_status=503, retry_after_s=1)
-            for n in (2, 32)
+            for n in (2, 4, 32)
         ),
-        *(_places(n, "limit", "429 and a limit of as many", named_limit=n) for n in (2, 32)),
+        *(_places(n, "limit", "429 and a limit of as many", named_limit=n) for n in (2, 4, 32)),
         Profile(
             "bucket-100",
             "a token bucket of 100/s, burst 20, in Mistral's headers; 50 ms latency",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -260,10 +261,14 @@ except KeyboardInterrupt:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-        start_new_session=True,
+        # In the background of a shell it would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        until(lambda: server.ledger.in_flight == 1)
-        process.send_signal(2)
-        out, _ = process.communicate(timeout=WAIT_S)
+        try:
+            until(lambda: server.ledger.in_flight == 1)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=WAIT_S)
+        finally:
+            process.kill()
     assert out == "interrupted\n"
     assert process.returncode == 0

@@ -39,16 +39,22 @@ def server() -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     quiet = subprocess.DEVNULL
     with subprocess.Popen(command, stdout=quiet, stderr=quiet) as process:
-        end = time.monotonic() + WAIT_S
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                assert time.monotonic() < end
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-        process.kill()
+        try:
+            _until_it_listens(port)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def _until_it_listens(port: int) -> None:
+    end = time.monotonic() + WAIT_S
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
 @pytest.fixture
