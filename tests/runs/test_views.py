@@ -203,8 +203,10 @@ def test_watch_draws_over_its_lines_and_ends_at_ctrl_c(
     assert all(len(line) <= columns for line in lines)
     said = " ".join(" ".join(lines).split())
     assert "done.parquet finished 10 of 10 answered" in said
-    assert "in.results.parquet running 6 of 10 answered" in said
-    assert "together running 16 of 20 answered" in said
+    # What the other process says of itself is up to a second old.
+    answered = re.search(r"in.results.parquet running (\d+) of 10 answered", said)
+    assert answered is not None
+    assert f"together running {10 + int(answered[1])} of 20 answered" in said
 
 
 def test_status_of_several_runs_ends_as_the_one_that_needs_somebody(batchrun: Command) -> None:
