@@ -219,6 +219,12 @@ class Journal:
         """Attempts that may have been billed, over all runs, those that a kill cut off included."""
         return self._table.in_doubt(slot)
 
+    def tried(self, slot: int) -> bool:
+        """Whether an attempt for it has ended, or was cut off."""
+        table = self._table
+        held = table.held(slot) is not Held.NEW
+        return held or table.in_doubt(slot) > 0 or slot in table.used_at
+
     def used(self, slots: Sequence[int]) -> dict[int, Usage]:
         """What was used for those of these slots that have no answer though something was.
 

@@ -7,11 +7,12 @@ holds already is one more line here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, cast
 
 import pyarrow as pa
+from msgspec.structs import replace
 
 from batchrun import chat
 from batchrun.outputs.rows import InvalidRow, Rows
@@ -163,6 +164,23 @@ def settled(
         outcome if outcome.hash else InvalidRow(code or "", message or "")
         for outcome, code, message in zip(outcomes, codes, messages, strict=True)
     ]
+
+
+def told_once(
+    rows: Sequence[Outcome | InvalidRow], paid_by: Sequence[str | None]
+) -> Iterator[Outcome]:
+    """What a journal holds of published rows: an answer is told by the row that paid.
+
+    Of a copy it holds what had been asked for the row itself, in vain and perhaps billed.
+    """
+    for row, payer in zip(rows, paid_by, strict=True):
+        if type(row) is not Outcome:
+            continue
+        if payer is None:
+            yield row
+        elif row.attempts:
+            failed = row.kind != "ok"
+            yield row if failed else replace(row, kind="transient", final=False, body=b"")
 
 
 def _filled(values: Sequence[Any], null: object) -> Sequence[Any]:

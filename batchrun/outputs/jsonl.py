@@ -25,6 +25,7 @@ from batchrun.outputs.columns import (
     TEXT,
     Column,
     settled,
+    told_once,
 )
 from batchrun.outputs.footer import Footer, footer, footer_json
 from batchrun.outputs.parsed import PREFIX
@@ -56,7 +57,7 @@ JsonMember: Final = msgspec.defstruct(
     "JsonMember",
     [
         *((column.name, _PYTHON[column.type] | None, None) for column in _EXTRA),
-        ("usage", Usage | None, None),  # of an attempt whose body is not there to tell
+        ("usage", Usage | None, None),  # where the body does not tell it: see ``_untold``
         ("rebuilt", bool, False),  # the body holds the answer columns only
         ("parsed", dict[str, object] | None, None),
         ("input", dict[str, object] | None, None),
@@ -136,13 +137,18 @@ class JsonlWriter:
         for at, column in enumerate(_EXTRA):
             if column.type == INSTANT:
                 columns[at] = list(map(_instant, columns[at]))
-        usages = [
-            o.usage if body is None and o.usage != NO_USAGE else None
-            for o, body in zip(rows.outcomes, bodies, strict=True)
-        ]
+        usages = map(self._untold, rows.outcomes, bodies, rows.paid_by)
         rebuilt = [self._is_rebuilt(outcome) for outcome in rows.outcomes]
         inputs = _carried_rows(carried, len(bodies))
         return map(JsonMember, *columns, usages, rebuilt, self._objects(rows), inputs)
+
+    def _untold(self, outcome: Outcome, body: Raw | str | None, payer: str | None) -> Usage | None:
+        """The usage, where the line's body does not tell it."""
+        told = NO_USAGE
+        if body is not None and payer is None:
+            rebuilt = self._is_rebuilt(outcome)
+            told = outcome.usage if rebuilt else self._api.parse(outcome.body).usage
+        return None if outcome.usage in (told, NO_USAGE) else outcome.usage
 
     def _objects(self, rows: Rows) -> Iterator[dict[str, object] | None]:
         if not self._parsed:
@@ -254,11 +260,9 @@ class Untyped(NamedTuple):
 
 
 def jsonl_outcomes(path: Path, api: Api) -> Iterator[Outcome]:
-    """What a published file holds, in order, without invalid rows and copies."""
+    """What a published file holds, in order: see ``told_once``."""
     for piece in _read(path):
-        for each, payer in zip(_settled(piece, api), _payers(piece), strict=True):
-            if type(each) is Outcome and payer is None:
-                yield each
+        yield from told_once(_settled(piece, api), _payers(piece))
 
 
 def jsonl_slices(path: Path, api: Api) -> Iterator[Untyped]:
@@ -325,8 +329,8 @@ def _settled(piece: _Piece, api: Api) -> list[Outcome | InvalidRow]:
     table["error_code"] = [each.code for each in errors]
     table["error_message"] = [each.message for each in errors]
     usages = [
-        usage or api.parse(body).usage
-        for usage, body in zip(table["usage"], piece.bodies, strict=True)
+        usage or (api.parse(body).usage if payer is None else NO_USAGE)
+        for usage, body, payer in zip(table["usage"], piece.bodies, table["paid_by"], strict=True)
     ]
     return settled(table, usages, piece.bodies, table["rebuilt"])
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from batchrun.chat import Api
 from batchrun.files import from_json, to_json
 from batchrun.outputs.batches import AnswerBatches
-from batchrun.outputs.columns import INSTANT, NAMES, PAID_BY, Column, settled
+from batchrun.outputs.columns import INSTANT, NAMES, PAID_BY, Column, settled, told_once
 from batchrun.outputs.footer import FOOTER_KEY, SERIES_KEY, Footer, footer, footer_json
 from batchrun.outputs.parsed import names_of
 from batchrun.outputs.rows import ANSWERED, GROUP_ROWS, PIECE_ROWS, InvalidRow, Rows, Slice
@@ -115,24 +115,32 @@ _SAID: Final = ("response", "finish_reason", "response_model", "usage", "reasoni
 def parquet_outcomes(
     file: pq.ParquetFile, api: Api, groups: list[int] | None = None
 ) -> Iterator[Outcome]:
-    """What a published file holds, in order, or some of its row groups.
-
-    Without invalid rows and copies: an answer is told once, by the row that paid.
-    """
+    """What a published file holds, in order, or some of its row groups: see ``told_once``."""
     present = [name for name in _BACK if name in file.schema_arrow.names]
-    for batch in own_batches(file, PIECE_ROWS, present, groups):
-        yield from (each for each in _settled(batch, present, api) if type(each) is Outcome)
+    dedupes = _dedupes(file)
+    read = [*present, PAID_BY.name] if dedupes else present
+    for batch in file.iter_batches(PIECE_ROWS, row_groups=groups, columns=read, use_threads=False):
+        paid_by: list[str | None] = [None] * batch.num_rows
+        if dedupes:
+            paid_by = batch.column(PAID_BY.name).to_pylist()
+            attempts = batch.column("attempts").to_pylist()
+            kept = [payer is None or n > 0 for payer, n in zip(paid_by, attempts, strict=True)]
+            batch = batch.filter(pa.array(kept, pa.bool_()))
+            paid_by = [payer for payer, keep in zip(paid_by, kept, strict=True) if keep]
+        yield from told_once(_settled(batch, present, api), paid_by)
 
 
-def own_batches(
-    file: pq.ParquetFile, rows: int, columns: list[str], groups: list[int] | None = None
-) -> Iterator[pa.RecordBatch]:
+def own_batches(file: pq.ParquetFile, rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """A published file without the rows that are copies of others."""
-    known = footer((file.metadata.metadata or {}).get(FOOTER_KEY, b""))
-    dedupes = known is not None and known.dedupes
+    dedupes = _dedupes(file)
     read = [*columns, PAID_BY.name] if dedupes else columns
-    for batch in file.iter_batches(rows, row_groups=groups, columns=read, use_threads=False):
+    for batch in file.iter_batches(rows, columns=read, use_threads=False):
         yield batch.filter(batch.column(PAID_BY.name).is_null()) if dedupes else batch
+
+
+def _dedupes(file: pq.ParquetFile) -> bool:
+    known = footer((file.metadata.metadata or {}).get(FOOTER_KEY, b""))
+    return known is not None and known.dedupes
 
 
 def parquet_slices(path: Path, api: Api) -> tuple[pa.Schema, Iterator[Slice]]:

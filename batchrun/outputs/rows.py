@@ -43,12 +43,6 @@ _NOT_SENT = Outcome(
 )
 
 
-_NO_EFFORT = {
-    name: getattr(_NOT_SENT, name)
-    for name in ("attempts", "in_doubt", "latency_s", "ttft_s", "usage", "occurrence")
-}
-
-
 class InvalidRow(Struct, frozen=True, gc=False):
     """A row that could not become a request; ``reason`` says why, without file and line."""
 
@@ -62,7 +56,8 @@ class Slice(NamedTuple):
     ``carried`` has one row for each outcome and the schema given to ``publish``. ``sources`` are
     looked at for failed rows only, so they may be made lazily. An outcome None is a row still
     pending: it is counted and left out. ``paid_by`` names for each row the one whose answer it
-    takes, None where its own; None altogether where no row is a copy.
+    takes, None where its own; None altogether where no row is a copy. What belongs to the row that
+    paid, such as tokens, is then not in the outcome.
     """
 
     carried: pa.RecordBatch | None
@@ -144,7 +139,9 @@ def told(piece: Slice, tally: OutputTally, api: Api) -> tuple[Rows, pa.RecordBat
     paid_by: list[str | None] = [None] * len(found)
     if piece.paid_by is not None:
         paid_by = [piece.paid_by[at] for at in kept]
-        _copy(found, paid_by, tally)
+        for row, payer in zip(found, paid_by, strict=True):
+            if payer is not None and type(row) is Outcome:
+                tally.note_copy(row.usage)
     ok = [at for at, each in enumerate(found) if type(each) is Outcome and each.kind == "ok"]
     failed: list[Outcome | None] = [None] * len(found)
     if len(ok) < len(found):
@@ -179,17 +176,6 @@ def _rows(
     bodies = [o.body if o.kind in ANSWERED else api.nothing for o in outcomes]
     costs = [None] * len(usages) if price is None else list(map(price.cost_usd, usages))
     return Rows(custom_ids, outcomes, failed, tokens, api.columns(bodies), costs, paid_by)
-
-
-def _copy(
-    found: list[Outcome | InvalidRow | None], paid_by: Sequence[str | None], tally: OutputTally
-) -> None:
-    """Take from copies what belongs to the row that paid: attempts, time, tokens."""
-    for at, name in enumerate(paid_by):
-        row = found[at]
-        if name is not None and type(row) is Outcome:
-            found[at] = msgspec.structs.replace(row, **_NO_EFFORT)
-            tally.note_copy()
 
 
 def _tell_ok(rows: Rows, ok: list[int], tally: OutputTally) -> None:

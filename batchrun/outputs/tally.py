@@ -13,7 +13,7 @@ from typing import cast
 
 from batchrun.money import Price
 from batchrun.summary import ErrorCount, ErrorExample, RowCounts, TokenCounts
-from batchrun.types import Answer, Answers, Outcome, Tokens, Usage
+from batchrun.types import NO_USAGE, Answer, Answers, Outcome, Tokens, Usage
 
 # Codes are the endpoint's words: one that puts a request id into its code must not fill the memory.
 MAX_CAUSES = 1_000
@@ -192,11 +192,12 @@ class OutputTally:
     def _count(self, rows: int) -> None:
         self.rows.total = (self.rows.total or 0) + rows
 
-    def note_copy(self) -> None:
+    def note_copy(self, usage: Usage) -> None:
         """One of the rows told has another one's answer, whose usage that one told."""
         self.rows.copied += 1
         self.rows.duplicate += 1
-        self._tokens.rows_without_usage -= 1
+        if usage == NO_USAGE:
+            self._tokens.rows_without_usage -= 1
 
     def note_models(self, models: Iterable[str]) -> None:
         """Models asked, in the order in which rows ask them."""

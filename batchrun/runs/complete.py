@@ -23,7 +23,7 @@ from batchrun.runs.asking import endpoint_to_send, prompt_settings
 from batchrun.runs.equals import Equals, Settled
 from batchrun.runs.spending import budget_of, check_bounded, check_price
 from batchrun.sending import Budget, EarlyEnd, Feed, Sender, Spent, asked, outcome_of, refusal
-from batchrun.types import NO_USAGE, Answer, Attempt, Decision, Outcome, Request, Result, Tries
+from batchrun.types import Answer, Attempt, Decision, Outcome, Request, Result, Tries
 
 # Requests read ahead, and results waiting for their reader: what bounds the memory.
 READ_AHEAD = 64
@@ -285,17 +285,7 @@ def _result_of(settled: Settled) -> Result:
     if isinstance(outcome, InvalidRow):
         return _invalid_result(custom_id, outcome.code, outcome.reason)
     result = _answered(custom_id, outcome)
-    if paid_by is None:
-        return result
-    return msgspec.structs.replace(
-        result,
-        paid_by=paid_by,
-        usage=NO_USAGE,
-        attempts=0,
-        in_doubt_attempts=0,
-        latency_s=None,
-        ttft_s=None,
-    )
+    return result if paid_by is None else msgspec.structs.replace(result, paid_by=paid_by)
 
 
 def _answered(custom_id: str, outcome: Outcome) -> Result:

@@ -1,18 +1,23 @@
 """``--dedupe``: of rows that ask the same the first one is sent, and the others take its answer.
 
 Such a row is a *copy*: the plan gives it the slot of the row it follows, and a mark. It is not
-sent, not counted against a budget, and made into a row of the table when that is published. Rows
-that hold an answer of their own, paid for without ``--dedupe``, keep it.
+sent, and made into a row of the table when that is published. Rows that hold an answer of their
+own, paid for without ``--dedupe``, keep it. What a copy was itself asked for before it became one
+was billed: that stays with it.
 """
 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
+
+from msgspec.structs import replace
 
 from batchrun.config import RunConfig
 from batchrun.journal import Held, Journal
+from batchrun.types import NO_USAGE, Outcome, Usage
 
 OWN, FOLLOWED, COPY = range(3)
 _NONE: Final = 0xFFFF_FFFF
@@ -23,10 +28,15 @@ class Copies:
 
     def __init__(self, rows: int) -> None:
         self._marks = bytearray(rows)
+        self._tried_rows = array("I")  # copies that were asked for themselves before, in order
+        self._tried_slots = array("I")  # where that is held
 
-    def follow(self, row: int, leader: int) -> None:
+    def follow(self, row: int, leader: int, tried_slot: int | None = None) -> None:
         self._marks[leader] = FOLLOWED
         self._marks[row] = COPY
+        if tried_slot is not None:
+            self._tried_rows.append(row)
+            self._tried_slots.append(tried_slot)
 
     def is_copy(self, row: int) -> bool:
         return self._marks[row] == COPY
@@ -34,6 +44,11 @@ class Copies:
     def marks(self, first: int, end: int) -> bytes:
         """Of these rows; all zero where nothing is copied."""
         return bytes(self._marks[first:end])
+
+    def tried(self, first: int, end: int) -> dict[int, int]:
+        """Of these rows the copies that were asked for themselves before, each with that slot."""
+        start, stop = (bisect_left(self._tried_rows, row) for row in (first, end))
+        return dict(zip(self._tried_rows[start:stop], self._tried_slots[start:stop], strict=True))
 
     @property
     def rows(self) -> int:
@@ -68,7 +83,7 @@ def find_copies(slots: array[int], invalid: int, journal: Journal, config: RunCo
             leaders[place] = row
         elif _takes(journal.held(slot), journal.held(slots[leader]), config):
             slots[row] = slots[leader]
-            copies.follow(row, leader)
+            copies.follow(row, leader, slot if journal.tried(slot) else None)
     return copies
 
 
@@ -77,6 +92,35 @@ def _takes(own: Held, leader: Held, config: RunConfig) -> bool:
     if own is Held.REJECTED and leader is Held.REJECTED:
         return config.retry_failed
     return own is not Held.OK
+
+
+class Effort(NamedTuple):
+    """What was done for one row alone."""
+
+    attempts: int = 0
+    in_doubt: int = 0
+    usage: Usage = NO_USAGE
+
+
+NO_EFFORT: Final = Effort()
+
+
+def copy_of(outcome: Outcome, effort: Effort = NO_EFFORT) -> Outcome:
+    """The answer of a row without what belongs to that row: attempts, time, tokens."""
+    own = effort._asdict()
+    return replace(outcome, occurrence=0, latency_s=None, ttft_s=None, **own)
+
+
+def efforts(slots: Sequence[int], journal: Journal) -> list[Effort]:
+    """What was done for the requests of these slots, which were tried."""
+    used = journal.used(slots)
+    found = []
+    for slot, outcome in zip(slots, journal.read_all(slots), strict=True):
+        in_doubt = journal.in_doubt(slot)
+        # The attempts of a row that has no outcome yet are not counted one by one.
+        attempts = outcome.attempts if outcome else in_doubt
+        found.append(Effort(max(attempts, 1), in_doubt, used.get(slot, NO_USAGE)))
+    return found
 
 
 class Payers:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from batchrun.outputs import InvalidRow
+from batchrun.runs.copies import copy_of
 from batchrun.types import Outcome
 
 
@@ -44,6 +45,9 @@ class Equals:
         """What rows get that wait for an answer that is there."""
         if (first := self._settled[hash]) is None:
             return
+        outcome = first.outcome
+        if type(outcome) is Outcome:
+            outcome = copy_of(outcome)
         for number, custom_id in self._waiting.pop(hash, ()):
             self.waiting -= 1
-            yield Settled(number, custom_id, first.outcome, first.custom_id)
+            yield Settled(number, custom_id, outcome, first.custom_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from batchrun import chat, inputs
 from batchrun.chat import Invalid
@@ -10,7 +10,7 @@ from batchrun.config import RunConfig
 from batchrun.inputs import BadRow, Batch, Row, Rows
 from batchrun.journal import Held, Journal
 from batchrun.outputs import InvalidRow, Schema, Slice
-from batchrun.runs.copies import Payers
+from batchrun.runs.copies import NO_EFFORT, Payers, copy_of, efforts
 from batchrun.runs.plan import BATCH_ROWS, INVALID, Plan
 from batchrun.runs.sources import (
     CheckStop,
@@ -50,9 +50,17 @@ def requests(plan: Plan, journal: Journal, config: RunConfig) -> Iterator[list[R
 
 
 def every(
-    plan: Plan, journal: Journal, config: RunConfig, held: Collection[Held]
+    plan: Plan,
+    journal: Journal,
+    config: RunConfig,
+    held: Collection[Held],
+    *,
+    tried_copies: bool = False,
 ) -> Iterator[Request]:
-    """The requests of the rows with one of these, in order."""
+    """The requests of the rows with one of these, in order; a copy asks nothing.
+
+    With ``tried_copies`` also what was asked for copies before they became some.
+    """
     row_number = 0
     for source, batch in batches(plan.sources, plan.chosen):
         first, row_number = row_number, row_number + len(batch)
@@ -60,6 +68,10 @@ def every(
         places = _places(slots, held, journal)
         if plan.copies is not None:
             places = [at for at in places if not plan.copies.is_copy(first + at)]
+            if tried_copies and (tried := plan.copies.tried(first, row_number)):
+                for row, slot in tried.items():
+                    slots[row - first] = slot
+                places = sorted({*places, *(row - first for row in tried)})
         used = journal.used([slots[index] for index in places])
         for index in places:
             slot = slots[index]
@@ -120,9 +132,28 @@ def slices(
         if plan.copies is not None:
             marks = plan.copies.marks(first, row_number)
             paid_by = payers.names(marks, slots, custom_ids)
+            if paid_by is not None:
+                tried = plan.copies.tried(first, row_number)
+                outcomes = _copied(outcomes, paid_by, first, tried, journal)
         places = Places(source.file.name, batch.lines)
         yield Slice(batch.carried, custom_ids, places, outcomes, paid_by)
     check_unchanged(plan.sources)
+
+
+def _copied(
+    outcomes: Sequence[Outcome | InvalidRow | None],
+    paid_by: Sequence[str | None],
+    first: int,
+    tried: Mapping[int, int],
+    journal: Journal,
+) -> Sequence[Outcome | InvalidRow | None]:
+    own = dict(zip(tried, efforts(list(tried.values()), journal), strict=True))
+    return [
+        each
+        if payer is None or type(each) is not Outcome
+        else copy_of(each, own.get(row, NO_EFFORT))
+        for row, (each, payer) in enumerate(zip(outcomes, paid_by, strict=True), first)
+    ]
 
 
 def _outcomes(

@@ -61,11 +61,12 @@ MAX_NAMED_COLUMNS = 5
 class Copied(NamedTuple):
     """Copies of rows that are settled."""
 
-    ok: int
-    failed: int
+    ok: int = 0
+    failed: int = 0  # for good
+    passing: int = 0  # every rerun tries those rows again
 
 
-NOT_COPIED = Copied(0, 0)
+NOT_COPIED = Copied()
 
 
 @dataclass(slots=True)
@@ -113,10 +114,12 @@ class Counts:
         ``copied`` is what is held for copies by then.
         """
         copied = copied or self.copied
-        ok, failed = self.held_ok + copied.ok, self.held_failed + self.invalid + copied.failed
+        ok, failed = self.held_ok + copied.ok, self.held_failed + self.invalid
+        failed += copied.failed + copied.passing
         sent = delivered.tally if delivered else RunTally()
         failed -= delivered.reopened if delivered else 0
         passing = sum(cause.rows for cause in sent.errors if cause.retried_on_rerun)
+        passing += copied.passing
         return RowCounts(
             total=self.total,
             ok=ok + sent.ok,
@@ -153,7 +156,10 @@ class Plan:
         held = [0] * len(Held)
         for slots in self._slots(copies=True):
             held = list(map(add, held, journal.survey(slots).held))
-        return Copied(held[Held.OK], sum(held[each] for each in failures))
+        rejected, passing = (
+            held[each] if each in failures else 0 for each in (Held.REJECTED, Held.PASSING)
+        )
+        return Copied(held[Held.OK], rejected, passing)
 
     def own_slots(self) -> Iterator[list[int]]:
         """The slots of valid rows that are no copies, not many at once."""

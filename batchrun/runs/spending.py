@@ -64,7 +64,7 @@ def count_before(
 ) -> None:
     """Count what earlier runs of this output spent, or may have; every row to send has a bound."""
     to_send = passes.to_send(config)
-    requests = passes.every(plan, journal, config, tuple(Held))
+    requests = passes.every(plan, journal, config, tuple(Held), tried_copies=True)
     while some := list(islice(requests, BATCH_ROWS)):
         check_stop()
         outcomes = journal.read_all([request.slot for request in some])

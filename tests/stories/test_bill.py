@@ -84,3 +84,26 @@ def test_rows_without_usage_are_not_in_the_bill_and_counted(
     assert "cost      $" in said
     assert "1 row reported no usage" in said
     assert [cost is None for cost in costs("out.parquet")] == [False, True, False]
+
+
+@pytest.mark.parametrize("output", ["out.parquet", "out.jsonl"])
+def test_answers_that_did_not_fit_stay_in_the_bill_of_the_next_run(
+    mock: StartMock, submit: Submit, output: str
+) -> None:
+    Path("s.json").write_text('{"type": "object", "properties": {"n": {"type": "integer"}}}')
+
+    def respond(request: MockRequest) -> MockReply:
+        return completion(request, content='{"n": 7}' if b"assistant" in request.body else "{")
+
+    server = mock(respond=respond)
+    write_rows(3)
+    command = ("in.jsonl", "--base-url", server.url, "-m", "m", "-o", output, "-c", 1)
+    typed = (*command, "--schema", "s.json", "--max-tokens", 90, "--price", "2,8", "--json")
+    for rows in (3, 4):
+        write_rows(rows)
+        ended = submit(*typed)
+        assert (ended.code, server.ledger.requests) == (0, 2 * rows)
+        assert ended.summary["output_totals"]["tokens"]["cost_usd"] == pytest.approx(
+            bill_of(server, 2, 8)
+        )
+        assert sum(costs(output)) == pytest.approx(bill_of(server, 2, 8))

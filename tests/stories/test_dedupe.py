@@ -277,3 +277,63 @@ def test_python_has_it_with_and_without_a_file(mock: StartMock) -> None:
         assert (result.attempts, result.usage.total_tokens is None) == (
             (1, False) if result is first else (0, True)
         )
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_what_copies_were_billed_for_before_stays_in_the_bill(
+    mock: StartMock, submit: Submit, cli: Submit, name: str
+) -> None:
+    """Answers that did not fit were paid: by rows that then took an equal row's answer."""
+    Path("s.json").write_text('{"type": "object", "properties": {"n": {"type": "integer"}}}')
+
+    def respond(request: MockRequest) -> MockReply:
+        return completion(request, content="{" if request.n <= 6 else '{"n": 7}')
+
+    server = mock(respond=respond)
+    write_rows("aab")
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m", "-o", name, "--price", "1,2")
+    typed = (*to, "--schema", "s.json", "--max-schema-retries", 1, "--max-tokens", 90, "-c", 1)
+    assert submit(*typed).code == 3
+    assert server.ledger.requests == 6
+    again = submit(*typed, "--retry-failed", "--dedupe", "--json")
+    assert (again.code, server.ledger.requests) == (0, 8)
+
+    def agrees(summary: dict[str, Any]) -> None:
+        told = summary["output_totals"]["tokens"]
+        assert told["total"] == server.ledger.billed.total_tokens
+        assert (summary["rows"]["ok"], summary["rows"]["copied"]) == (3, 1)
+        Path("copy.parquet").unlink(missing_ok=True)
+        assert cli("collect", name, "-o", "copy.parquet").code == 0
+        rows = read("copy.parquet")
+        assert payers("copy.parquet") == [None, "0a", None]
+        assert sum(row["total_tokens"] for row in rows) == server.ledger.billed.total_tokens
+        assert sum(row["cost_usd"] for row in rows) == pytest.approx(told["cost_usd"])
+        assert [row["status"] for row in rows] == ["ok"] * 3
+        assert rows[1]["attempts"] == 2
+
+    agrees(again.summary)
+    # And when the next run begins with what that one published.
+    Path("in.jsonl").write_text(Path("in.jsonl").read_text().replace("}", ', "new": 1}'))
+    agrees(submit(*typed, "--dedupe", "--json").summary)
+    assert "new" in read("copy.parquet")[0]
+    spent = server.ledger.billed.total_tokens or 0
+    write_rows("aabd")
+    refused = submit(*typed, "--dedupe", "--token-budget", spent - 1, "--json")
+    assert (refused.code, server.ledger.requests) == (75, 8)
+
+
+def test_a_stopped_run_tells_copies_of_a_failure_that_passes(
+    mock: StartMock, submit: Submit
+) -> None:
+    def respond(request: MockRequest) -> MockReply | None:
+        if b"c?" in request.body:
+            return error_reply(401, "no such key")
+        return error_reply(500, "try again") if b"a?" in request.body else None
+
+    server = mock(respond=respond)
+    write_rows()
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m", "-o", "out.parquet", "-c", 1)
+    ended = submit(*to, "--dedupe", "--max-retries", 0, "--json")
+    rows = ended.summary["rows"]
+    assert (ended.code, rows["ok"], rows["error"], rows["pending"]) == (4, 2, 4, 2)
+    assert rows["passing"] == 4
