@@ -14,11 +14,11 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
-from batchrun.errors import StoppedEarly
+from batchrun.errors import BatchrunError, StoppedEarly
 from batchrun.processes.member import Member, Starter
 from batchrun.processes.wire import HEARTBEAT_S, Terms
 from batchrun.types import Attempt, Request
-from batchrun.words import count, duration
+from batchrun.words import count, duration, verb
 
 # Heartbeats missed before a process gets nothing new.
 SILENT_BEATS: Final = 3
@@ -35,17 +35,23 @@ class Crew:
     """``processes`` processes that send on the same ``terms``. Use as an async context manager.
 
     It is an ``OpenEndpoint``: ``send`` never raises but for cancellation. Entering raises
-    StoppedEarly when no process can be started, or whatever ``check`` raises before. ``notes`` says
-    what happened to processes.
+    StoppedEarly when no process can be started, or whatever ``check`` raises before; when later
+    none can be any more, ``end`` is told so. ``notes`` says what happened to processes.
     """
 
     def __init__(
-        self, terms: Terms, processes: int, starter: Starter, check: Callable[[], None]
+        self,
+        terms: Terms,
+        processes: int,
+        starter: Starter,
+        check: Callable[[], None],
+        end: Callable[[BatchrunError], None],
     ) -> None:
         self.host = terms.endpoint.host
         self.room = terms.room * processes
         self._terms = terms
         self._check = check
+        self._end = end
         self._places = [_Place(starter) for _ in range(processes)]
 
     async def __aenter__(self) -> Self:
@@ -63,12 +69,8 @@ class Crew:
         """Wait until somebody can send; StoppedEarly when nobody will."""
         looks = 0
         while not any(place.is_ready for place in self._places):
-            if all(place.is_given_up for place in self._places):
-                last = self._places[-1].last_death
-                raise StoppedEarly(
-                    f"no process that sends could be started (last try: {last})",
-                    next_steps=("run with --processes 1",),
-                )
+            if self._is_given_up:
+                raise self._nobody()
             if looks * LOOK_S > READY_S:
                 raise StoppedEarly(f"no process that sends was ready within {duration(READY_S)}")
             await asyncio.sleep(LOOK_S)
@@ -93,13 +95,28 @@ class Crew:
         await asyncio.gather(*(place.close() for place in self._places))
 
     @property
+    def _is_given_up(self) -> bool:
+        return all(place.is_given_up for place in self._places)
+
+    def _nobody(self) -> StoppedEarly:
+        last = self._places[-1].last_death
+        return StoppedEarly(
+            f"no process that sends could be started (last try: {last})",
+            next_steps=("run with --processes 1",),
+        )
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of processes that ended or hung, a line each."""
         deaths = sum(place.deaths for place in self._places)
         if not deaths:
             return ()
         last = next(place.last_death for place in self._places if place.deaths)
-        return (f"a sending process died and was replaced, {count(deaths, 'time')} (last: {last})",)
+        left = sum(not place.is_given_up for place in self._places)
+        times = f"{count(deaths, 'time')} (last: {last})"
+        if (places := len(self._places)) == left:
+            return (f"a sending process died and was replaced, {times}",)
+        return (f"sending processes died {times}; {left} of {places} {verb(left, 'are')} left",)
 
     async def send(self, request: Request) -> Attempt:
         """Make one request in the process that has the least to do; see ``ChatEndpoint.send``."""
@@ -120,13 +137,14 @@ class Crew:
 
     async def _keep(self) -> None:
         """Once a second: fill places, and end processes that hang."""
-        while True:
+        while not self._is_given_up:
             await asyncio.sleep(HEARTBEAT_S)
             for place in self._places:
                 if place.is_empty and not place.is_given_up:
                     await place.start()
                 else:
                     place.beat(self._terms.timeout_s + PATIENCE_S)
+        self._end(self._nobody())
 
 
 def _in_flight(member: Member) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from batchrun.errors import UsageError
 from batchrun.mock import Knobs, MockServer
 from batchrun.processes import Crew, Here, OnNodes, Terms, check_ray, cluster
 from batchrun.providers import DEFAULT_MODEL, MOCK, full_url, provider_of
-from batchrun.sending import OpenEndpoint
+from batchrun.sending import EarlyEnd, OpenEndpoint
 
 
 def prompt_settings(config: RunConfig) -> PromptSettings:
@@ -65,24 +65,23 @@ def check_engine(config: RunConfig) -> None:
 
 
 @asynccontextmanager
-async def endpoint_to_send(
-    config: RunConfig, check: Callable[[], None]
-) -> AsyncIterator[OpenEndpoint]:
+async def endpoint_to_send(config: RunConfig, end: EarlyEnd) -> AsyncIterator[OpenEndpoint]:
     """Where requests go, in this process or in several, open until the end of the block.
 
-    Whatever ``check`` raises ends the waiting for processes.
+    ``end`` ends the waiting for processes, and is told when there will be none any more.
     """
     async with AsyncExitStack() as stack:
         if config.engine == "ray":
-            rays = await stack.enter_async_context(cluster(config.ray_address, check))
+            rays = await stack.enter_async_context(cluster(config.ray_address, end.check))
             processes = config.processes or rays.nodes
             terms = await stack.enter_async_context(_terms(config, processes))
-            endpoint: Crew | ChatEndpoint = Crew(terms, processes, OnNodes(rays, terms), check)
+            on_nodes = OnNodes(rays, terms)
+            endpoint: Crew | ChatEndpoint = Crew(terms, processes, on_nodes, end.check, end.tell)
         else:
             processes = config.processes or 1
             terms = await stack.enter_async_context(_terms(config, processes))
             endpoint = (
-                Crew(terms, processes, Here(terms), check)
+                Crew(terms, processes, Here(terms), end.check, end.tell)
                 if processes > 1
                 else terms.endpoint_here()
             )

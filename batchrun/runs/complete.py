@@ -67,7 +67,7 @@ async def settling(
     check_price(config)
     budget = budget_of(config)
     end = EarlyEnd()
-    async with endpoint_to_send(config, end.check) as endpoint:
+    async with endpoint_to_send(config, end) as endpoint:
         how = asked(endpoint.send, config, end.requested.is_set)
         desk = _ResultDesk(endpoint.host, how.spent, Equals() if config.dedupe else None)
         reader = _Reader(_Builders(config, budget), rows, desk, end)

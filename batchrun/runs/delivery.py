@@ -101,7 +101,7 @@ async def send(
     # What an earlier run left here must not speak for this one.
     write_status(state, status_of(begun, *before))
     with process.patient_collector():
-        async with endpoint_to_send(config, begun.stop.check) as endpoint:
+        async with endpoint_to_send(config, begun.stop) as endpoint:
             notes = _notes_on(endpoint.room, config)
             for note in notes:
                 begun.talk.note(note)

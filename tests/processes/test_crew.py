@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from mock_servers import MockServerThread
 
-from batchrun.errors import StoppedEarly
+from batchrun.errors import BatchrunError, StoppedEarly
 from batchrun.mock.knobs import Knobs
 from batchrun.mock.replies import MockReply, MockRequest
 from batchrun.processes import crew, desk
@@ -44,8 +44,12 @@ def terms(server: MockServerThread, *, timeout_s: float = 30.0, key: str | None 
     return Terms(endpoint, (), timeout_s, 10.0, proxied=False, room=64)
 
 
+def _unexpected(cause: BatchrunError) -> None:
+    raise cause
+
+
 def crew_of(how: Terms, processes: int) -> Crew:
-    return Crew(how, processes, Here(how), lambda: None)
+    return Crew(how, processes, Here(how), lambda: None, _unexpected)
 
 
 def in_flight(place: crew._Place) -> int:

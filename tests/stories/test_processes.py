@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -207,6 +208,31 @@ def test_where_no_process_can_be_started_the_run_stops_before_it_pays(
     assert "no process that sends could be started (last try: exit code 1)" in ended.err
     assert server.ledger.requests == 0
     assert submit(*to(server)).code == 0
+    check_table()
+
+
+def test_where_no_process_stays_alive_any_more_the_run_stops(
+    mock: StartMock, submit: Submit, running: StartRun
+) -> None:
+    server = mock(Knobs(latency_s=0.05))
+    with running(*to(server)) as run:
+        at_work(run, server, 40)
+
+        def dead() -> bool:
+            with suppress(OSError):  # it ends meanwhile
+                for pid in children(run.pid):
+                    os.kill(pid, signal.SIGKILL)
+            return run.poll() is not None
+
+        until(dead)
+        ended = run.end()
+        assert ended.code == 75
+        assert "no process that sends could be started (last try: signal 9)" in ended.err
+        assert "(last: signal 9); 0 of 2 are left" in ended.err
+        asked = server.ledger.requests
+    assert submit(*to(server)).code == 0
+    assert server.ledger.requests <= ROWS + 2 * IN_FLIGHT
+    assert asked < ROWS
     check_table()
 
 
