@@ -158,12 +158,12 @@ def answers(batches: ArrowStream | Iterable[object], **options: Unpack[Options])
     Nothing is kept: leaving the iteration, or ``close()``, gives up what is in flight. ``options``
     are those of ``submit``.
     """
-    return runs.Answers(make_config([], STDOUT, **options), batches)
+    return runs.Answers(_made([], STDOUT, options), batches)
 
 
 def answers_schema(columns: pa.Schema, **options: Unpack[Options]) -> pa.Schema:
     """The schema of ``answers`` to batches of ``columns``: for engines that ask before a row is."""
-    return runs.answers_schema(make_config([], STDOUT, **options), columns)
+    return runs.answers_schema(_made([], STDOUT, options), columns)
 
 
 def complete(
@@ -176,7 +176,7 @@ def complete(
     answers wait to be read. A row's failure is a Result with status ``error``; what ends the run
     early (a refused key) is raised by the iteration. ``options`` are those of ``submit``.
     """
-    return runs.complete(make_config([], STDOUT, **options), requests)
+    return runs.complete(_made([], STDOUT, options), requests)
 
 
 def read(output: str | os.PathLike[str], columns: Sequence[str] | None = None) -> pa.Table:
@@ -196,6 +196,12 @@ def make_config(
 
     A mistake in the input is said before a missing key.
     """
+    return _made(input, output, options)
+
+
+def _made(
+    input: str | os.PathLike[str] | Rows, output: str | os.PathLike[str] | None, options: Options
+) -> RunConfig:
     known = Options.__annotations__.keys()
     if unknown := sorted(options.keys() - known):
         raise UsageError(f"{unknown[0]}=: no such option; there are: {', '.join(sorted(known))}")

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Final, Self, cast
 
 from batchrun import inputs, outputs
+from batchrun.chat import CHAT
 from batchrun.config import MAX_CONCURRENCY, RunConfig
 from batchrun.errors import UsageError
 from batchrun.inputs import ColumnTypes
@@ -33,7 +34,7 @@ from batchrun.outputs import (
     Schema,
     Slice,
 )
-from batchrun.runs.asking import answer_schema, check_endpoint, check_engine
+from batchrun.runs.asking import answer_schema, check_endpoint, check_engine, prompt_settings
 from batchrun.runs.complete import Row, settling
 from batchrun.runs.equals import Settled
 from batchrun.types import ArrowStream, Outcome
@@ -122,6 +123,8 @@ class _Shape:
         typed = answer_schema(config)
         types = ColumnTypes(config.carry, outputs.names(typed, dedupe=config.dedupe))
         types.observe_schema(schema)
+        row = inputs.empty_row(schema)
+        CHAT.detect(schema.names, [row], prompt_settings(config), config.shape, "the batches")
         self._carried = types.carried()
         settings = {} if config.schema is None else {"schema": config.schema}
         footer = Footer(settings=settings, publishing=config.publishing_settings())

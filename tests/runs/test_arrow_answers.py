@@ -236,7 +236,16 @@ def test_it_works_under_a_running_loop(mock: StartMock) -> None:
         (table(2), {"samples": 2}, "samples= is for runs with files"),
         (table(2), {"limit": 1}, "limit= is for runs with files"),
         ([{"prompt": "a"}], {}, "no Arrow data"),
-        ([table(2), pa.table({"x": [1]})], {}, "other columns"),
+        ([table(2), pa.table({"x": [1]})], {}, "column 'n' is in one and not in the other"),
+        ([table(2), table(2).select(["prompt", "n"])], {}, "their order differs"),
+        (
+            [table(2), table(2).set_column(0, "n", [["x", "y"]])],
+            {},
+            "'n' is string in a batch and int64 in the first",
+        ),
+        ([pa.table({"x": [1]})], {}, 'the batches: no "prompt"'),
+        ([table(1)], {"prompt": "{{ m }}"}, 'no column "m", which the template asks for'),
+        ([table(1)], {"output": "out.parquet"}, "output=: no such option"),
         (pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]), {}, 'named "a"'),
     ],
 )
@@ -245,6 +254,12 @@ def test_what_cannot_be_answered_is_said(
 ) -> None:
     with pytest.raises(batchrun.UsageError, match=said):
         list(batchrun.answers(source, mock=True, **options))  # type: ignore[arg-type]
+
+
+def test_a_batch_without_a_value_in_a_column_need_not_know_its_type() -> None:
+    without = table(2).set_column(0, "n", [pa.nulls(2)])
+    batches = list(batchrun.answers([table(2), without], mock=True))
+    assert pa.Table.from_batches(batches)["n"].to_pylist() == [0, 1, None, None]
 
 
 def test_ctrl_c_ends_a_program_that_waits(mock: StartMock) -> None:
