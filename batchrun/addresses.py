@@ -1,14 +1,44 @@
-"""How things in object storage are called: ``s3://bucket/folder/name.parquet?region=eu-west-1``."""
+"""How things in object storage are called: ``s3://bucket/folder/name.parquet?region=eu-west-1``.
+
+What stands between the bucket and the ``?`` is the key as it is: nothing in it is decoded.
+"""
 
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
-from typing import Final
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import Final, NamedTuple
 
 SCHEMES: Final = ("s3", "gs", "gcs", "abfs", "abfss")
-_ADDRESS: Final = re.compile(rf"({'|'.join(SCHEMES)})://", re.IGNORECASE)
+_ADDRESS: Final = re.compile(
+    rf"({'|'.join(SCHEMES)})://([^/?]*)/?([^?]*)(?:\?(.*))?", re.IGNORECASE | re.DOTALL
+)
+
+
+class Address(NamedTuple):
+    """The parts of an address; of some storages the ``host`` is the bucket."""
+
+    scheme: str
+    host: str
+    key: str
+    options: str
+
+    @property
+    def has_credentials(self) -> bool:
+        """Names that are none stand there too: a container's, or ``anonymous``."""
+        user, at, _ = self.host.rpartition("@")
+        return bool(at) and (":" in user or self.scheme == "s3")
+
+    def at(self, key: str) -> str:
+        """The address of another key in the same place."""
+        options = f"?{self.options}" if self.options else ""
+        return f"{self.scheme}://{self.host}/{key}{options}"
+
+    def shown(self) -> str:
+        """Without credentials that somebody put into it."""
+        if self.has_credentials:
+            return self._replace(host=self.host.rpartition("@")[2]).at(self.key)
+        return self.at(self.key)
 
 
 def is_address(text: str) -> bool:
@@ -16,12 +46,20 @@ def is_address(text: str) -> bool:
     return _ADDRESS.match(text) is not None
 
 
-def name_of(address: str) -> str:
-    """The last part of an address, without its options."""
-    return PurePosixPath(urlsplit(address).path).name
+def address_of(text: str) -> Address:
+    """The parts of what ``is_address``."""
+    found = _ADDRESS.fullmatch(text)
+    assert found is not None
+    scheme, host, key, options = found.groups("")
+    return Address(scheme.lower(), host, key, options)
+
+
+def name_of(place: str) -> str:
+    """The last part of an address, without its options, or of a local path."""
+    return address_of(place).key.rpartition("/")[2] if is_address(place) else Path(place).name
 
 
 def beside(address: str, name: str) -> str:
     """The address of ``name`` in the same folder."""
-    parts = urlsplit(address)
-    return parts._replace(path=str(PurePosixPath(parts.path or "/").parent / name)).geturl()
+    parts = address_of(address)
+    return parts.at("".join(parts.key.rpartition("/")[:2]) + name)

@@ -14,12 +14,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 from msgspec import Struct
 
+from batchrun.addresses import address_of
 from batchrun.errors import LocalIOError, UsageError
 from batchrun.files import create
 
@@ -46,29 +46,27 @@ class Found(NamedTuple):
 class _Place(NamedTuple):
     files: pafs.FileSystem
     path: str
+    base: str  # of it, what the address names before the key
 
 
 @contextlib.contextmanager
 def _at(address: str) -> Iterator[_Place]:
     """The file system and the path of an address; what goes wrong becomes an error of ours."""
-    parts = urlsplit(address)
-    if parts.username or parts.password:
+    parts = address_of(address)
+    if parts.has_credentials:
         raise UsageError(
-            f"{_shown(address)}: credentials do not belong in an address",
+            f"{parts.shown()}: credentials do not belong in an address",
             next_steps=("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",),
         )
     try:
-        yield _Place(*pafs.FileSystem.from_uri(address))
+        # The key is given as it is: as part of a URI some of its letters would be others.
+        files, base = pafs.FileSystem.from_uri(parts.at(""))
+        base = base.strip("/")
+        yield _Place(files, f"{base}/{parts.key}".strip("/"), base)
     except (pa.ArrowInvalid, ValueError) as exc:
-        raise UsageError(f"{_shown(address)}: {_in_a_line(exc)}") from exc
+        raise UsageError(f"{parts.shown()}: {_in_a_line(exc)}") from exc
     except (OSError, pa.ArrowException) as exc:
-        raise LocalIOError(f"{_shown(address)}: {_in_a_line(exc)}") from exc
-
-
-def _shown(address: str) -> str:
-    """Without credentials that somebody put into it."""
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        raise LocalIOError(f"{parts.shown()}: {_in_a_line(exc)}") from exc
 
 
 def _in_a_line(exc: Exception) -> str:
@@ -98,14 +96,25 @@ def find(address: str) -> list[Found]:
         if (one := _seen(info)) is not None:
             return [Found(address, PurePosixPath(place.path).name, one)]
         found = _matching(place) if _WILD.search(place.path) else _below(place, place.path)
+    parts = address_of(address)
     if not found:
-        raise UsageError(f"{_shown(address)}: no such object, and none below it")
-    query = urlsplit(address).query
-    scheme = address.partition("://")[0]
+        raise UsageError(f"{parts.shown()}: no such object, and none below it")
     return [
-        Found(f"{scheme}://{path}" + (f"?{query}" if query else ""), below, at)
+        Found(parts.at(path.removeprefix(place.base).lstrip("/")), below, at)
         for path, below, at in found
     ]
+
+
+def check_bucket(address: str) -> None:
+    """UsageError where the bucket of an address is known not to be there."""
+    try:
+        with _at(address) as place:
+            bucket = place.path.partition("/")[0]
+            there = place.files.get_file_info(bucket).type != pafs.FileType.NotFound
+    except LocalIOError:
+        return  # who may write an object need not be allowed to ask
+    if not there:
+        raise UsageError(f"{address_of(address).shown()}: there is no bucket {bucket!r}")
 
 
 def _matching(place: _Place) -> list[tuple[str, str, ObjectSeen]]:

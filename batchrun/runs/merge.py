@@ -11,6 +11,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from batchrun import outputs
+from batchrun.addresses import is_address
 from batchrun.config import Allowance
 from batchrun.console import MergeFacts
 from batchrun.errors import StoppedEarly, UsageError
@@ -37,6 +38,8 @@ def merge(output: str, allowed: Allowance) -> MergeFacts:
     is not ours to replace; an output that holds what the parts may lack is kept as ``.bak``.
     """
     path = Path(output)
+    if is_address(output):
+        raise UsageError(f"{output}: parts are put together from local files")
     if path.suffix != ".parquet" or not path.name.removesuffix(".parquet"):
         raise UsageError(f"{output or 'nothing'}: not the name of an output; it ends in .parquet")
     parts = _parts(path)

@@ -97,8 +97,7 @@ class Mirror:
     def of(cls, output: str, parent: Path = Path()) -> Mirror:
         """That of an output: in ``parent``, under a name that only this address has."""
         mark = hashlib.sha256(output.encode()).hexdigest()[:8]
-        name = name_of(output) if is_address(output) else Path(output).name
-        return cls(parent / f"{name}.{mark}{SUFFIX}", output)
+        return cls(parent / f"{name_of(output)}.{mark}{SUFFIX}", output)
 
     @property
     def output(self) -> Path:
@@ -179,8 +178,10 @@ class Mirror:
         from batchrun import storage
 
         found = storage.seen(self._output)
-        own = self.output.name
-        return [] if found is None else [storage.Found(self._output, own, found)]
+        if found is None:
+            storage.check_bucket(self._output)
+            return []
+        return [storage.Found(self._output, self.output.name, found)]
 
     def _beside(self) -> list[Found]:
         from batchrun import storage
@@ -283,12 +284,8 @@ async def run(
             zip((local.output, *local.inputs), (config.output, *config.inputs), strict=True)
         )
         talk.names = names
-        try:
+        with _saying(names):
             summary = _named(await work(local), config, names)
-        except BatchrunError as exc:
-            exc.message = _said(exc.message, names)
-            exc.next_steps = tuple(_said(step, names) for step in exc.next_steps)
-            raise
         if not is_address(config.output) or summary.exit_code not in (EXIT_OK, EXIT_ROWS_FAILED):
             return summary
         try:
@@ -305,6 +302,17 @@ async def run(
         return summary
     finally:
         await asyncio.to_thread(mirror.settle)
+
+
+@contextlib.contextmanager
+def _saying(names: Mapping[str, str]) -> Iterator[None]:
+    """An error of the block names addresses, not copies."""
+    try:
+        yield
+    except BatchrunError as exc:
+        exc.message = _said(exc.message, names)
+        exc.next_steps = tuple(_said(step, names) for step in exc.next_steps)
+        raise
 
 
 def _said(text: str, names: Mapping[str, str]) -> str:
@@ -335,13 +343,16 @@ def at_hand(output: str) -> Iterator[str]:
 
     mirror = Mirror.of(output)
     if mirror.exists():
-        yield str(mirror.output)
+        with _saying({str(mirror.output): output}):
+            yield str(mirror.output)
         return
+    if storage.seen(output) is None:
+        raise UsageError(f"{output}: no run and no output of batchrun there")
     with tempfile.TemporaryDirectory(prefix="batchrun-") as directory:
         path = Path(directory, name_of(output))
-        if storage.seen(output) is not None:
-            storage.fetch(output, path)
-        yield str(path)
+        storage.fetch(output, path)
+        with _saying({str(path): output}):
+            yield str(path)
 
 
 @contextlib.contextmanager

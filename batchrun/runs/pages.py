@@ -43,6 +43,8 @@ def check_page(config: RunConfig) -> None:
             "--report is of a whole table, not of a part",
             next_steps=("after batchrun merge OUTPUT:", "batchrun report OUTPUT"),
         )
+    if is_address(config.report):
+        raise UsageError(f"--report {config.report}: the page is a local file")
     _check_place(Path(config.report), f"--report {config.report}")
 
 

@@ -19,6 +19,7 @@ import pytest
 
 import batchrun
 from batchrun.mock.knobs import Knobs
+from batchrun.mock.replies import MockRequest
 
 pytest.importorskip("moto.server")
 boto3: Any = pytest.importorskip("boto3")
@@ -212,9 +213,15 @@ def test_what_could_not_be_uploaded_is_uploaded_by_the_same_command(
     s3: Any, mock: StartMock, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_rows(s3, "in.jsonl", range(10))
-    server = mock()
-    how = to(server.url)[:-1]
     nowhere = "s3://no-such-bucket/out.parquet"
+    s3.create_bucket(Bucket="no-such-bucket")
+
+    def respond(request: MockRequest) -> None:
+        if request.n == 1:
+            s3.delete_bucket(Bucket="no-such-bucket")
+
+    server = mock(respond=respond)
+    how = to(server.url)[:-1]
     ended = submit(*how, nowhere, "--json")
     assert ended.code == 74
     assert ended.summary["next_steps"] == ["the same command uploads it"]
@@ -266,6 +273,45 @@ def test_overwriting_keeps_the_old_object_beside_it(
     assert body(s3, kept[0]) == old
 
 
+def test_a_bucket_that_is_not_there_is_said_before_anything_is_paid(
+    s3: Any, mock: StartMock, submit: Submit
+) -> None:
+    put_rows(s3, "in.jsonl", range(3))
+    server = mock()
+    ended = submit(*to(server.url)[:-1], "s3://no-bucket/out.parquet")
+    assert ended.code == 2
+    assert "s3://no-bucket/out.parquet: there is no bucket 'no-bucket'" in " ".join(
+        ended.err.split()
+    )
+    assert server.ledger.requests == 0
+    assert nothing_left()
+
+
+def test_keys_may_have_any_letters(s3: Any, submit: Submit, cli: Submit) -> None:
+    key = "day=2026-11-27 10:00/ä #1%20.jsonl"
+    put_rows(s3, key, range(3))
+    out = "s3://bucket/o ü%2F#/out.parquet"
+    for address in (
+        f"s3://bucket/{key}",
+        "s3://bucket/day=2026-11-27 10:00/",
+        "S3://bucket/day=*/*",
+    ):
+        assert submit(address, "--mock", "-o", out).code == 0
+    assert table(s3, "o ü%2F#/out.parquet")["n"].to_pylist() == [0, 1, 2]
+    assert cli("status", out).code == 0
+    assert batchrun.read(out).num_rows == 3
+
+
+@pytest.mark.parametrize("command", ["status", "collect", "report"])
+def test_what_is_not_there_is_named_by_its_address(s3: Any, cli: Submit, command: str) -> None:
+    s3.put_object(Bucket=BUCKET, Key="foreign.parquet", Body=b"something else")
+    more = {"collect": ("-o", "copy.csv"), "report": ("-o", "page.html")}.get(command, ())
+    for name in ("nothing", "foreign"):
+        ended = cli(command, f"s3://bucket/{name}.parquet", *more)
+        assert ended.code == 2
+        assert f"batchrun: s3://bucket/{name}.parquet: " in ended.err
+
+
 @pytest.mark.parametrize(
     ("address", "code", "said"),
     [
@@ -306,6 +352,9 @@ def test_a_bad_row_is_known_by_its_object(s3: Any, submit: Submit) -> None:
     assert errors[1].startswith("s3://bucket/in.jsonl:2: ")
 
 
-def test_parts_want_a_local_output(s3: Any, submit: Submit) -> None:
+def test_parts_and_pages_are_local(s3: Any, submit: Submit, cli: Submit) -> None:
     put_rows(s3, "in.jsonl", range(3))
     assert submit("s3://bucket/in.jsonl", "--mock", "-o", OUT, "--shard", "1/2").code == 2
+    assert "local files" in cli("merge", OUT).err
+    ended = submit("s3://bucket/in.jsonl", "--mock", "-o", OUT, "--report", "s3://bucket/r.html")
+    assert "s3://bucket/r.html: the page is a local file" in ended.err
