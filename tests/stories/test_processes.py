@@ -85,10 +85,10 @@ def sockets(pid: int) -> int:
     return sum(os.readlink(fd).startswith("socket:") for fd in found)
 
 
-def check_table() -> None:
+def check_table(rows: int = ROWS) -> None:
     answers = pq.read_table("out.parquet")
-    assert answers["n"].to_pylist() == list(range(ROWS))
-    assert answers["response"].to_pylist() == [f"[synthetic] Question {n}?" for n in range(ROWS)]
+    assert answers["n"].to_pylist() == list(range(rows))
+    assert answers["response"].to_pylist() == [f"[synthetic] Question {n}?" for n in range(rows)]
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -141,6 +141,64 @@ def test_a_killed_run_takes_its_processes_along_and_goes_on_later(
     assert submit(*to(server)).code == 0
     assert server.ledger.requests <= ROWS + IN_FLIGHT
     check_table()
+
+
+KILLS = 20
+MANY = 1_200
+
+
+@pytest.fixture
+def _many_rows() -> None:
+    lines = [json.dumps({"n": n, "prompt": f"Question {n}?"}) for n in range(MANY)]
+    Path("in.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_many_rows")
+def test_a_run_that_is_killed_twenty_times_pays_for_what_was_in_flight(
+    mock: StartMock, running: StartRun, submit: Submit
+) -> None:
+    server = mock(Knobs(latency_s=0.05))
+    chance = random.Random(7)
+    how = to(server, "--max-in-doubt-retries", KILLS)
+    for _ in range(KILLS):
+        with running(*how) as run:
+            target = server.ledger.requests + chance.randrange(1, 50)
+            until(lambda target=target: server.ledger.requests >= target)  # type: ignore[misc]
+            run.kill()
+            run.wait()
+    assert submit(*how).code == 0
+    assert server.ledger.requests <= MANY + KILLS * IN_FLIGHT
+    check_table(MANY)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_many_rows")
+def test_processes_killed_twenty_times_cost_what_they_had_in_flight(
+    mock: StartMock, running: StartRun
+) -> None:
+    server = mock(Knobs(latency_s=0.4))
+    chance = random.Random(7)
+    killed: set[int] = set()
+    persistent = ("--max-retries", KILLS, "--max-in-doubt-retries", KILLS)
+    with running(*to(server, *persistent)) as run:
+        at_work(run, server, 20)
+        for _ in range(KILLS):
+            target = server.ledger.requests + chance.randrange(1, 30)
+            until(lambda target=target: server.ledger.requests >= target)  # type: ignore[misc]
+            ready = [
+                pid
+                for pid in children(run.pid)
+                if pid not in killed and sockets(pid) > SOCKETS_AT_REST
+            ]
+            assert ready
+            killed.add(victim := chance.choice(ready))
+            os.kill(victim, signal.SIGKILL)
+        ended = run.end()
+    assert ended.code == 0, ended.err
+    assert f"{KILLS} times (last: signal 9)" in ended.err
+    assert server.ledger.requests <= MANY + KILLS * IN_FLIGHT
+    check_table(MANY)
 
 
 @pytest.mark.parametrize("to_the_group", [False, True])
