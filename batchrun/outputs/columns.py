@@ -179,8 +179,7 @@ def told_once(
         if payer is None:
             yield row
         elif row.attempts:
-            failed = row.kind != "ok"
-            yield row if failed else replace(row, kind="transient", final=False, body=b"")
+            yield replace(row, kind="transient", final=False, code="", message="", body=b"")
 
 
 def _filled(values: Sequence[Any], null: object) -> Sequence[Any]:

@@ -337,3 +337,28 @@ def test_a_stopped_run_tells_copies_of_a_failure_that_passes(
     rows = ended.summary["rows"]
     assert (ended.code, rows["ok"], rows["error"], rows["pending"]) == (4, 2, 4, 2)
     assert rows["passing"] == 4
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_a_copy_of_a_failure_is_a_row_of_its_own_again_without_dedupe(
+    mock: StartMock, submit: Submit, name: str
+) -> None:
+    Path("s.json").write_text('{"type": "object", "properties": {"n": {"type": "integer"}}}')
+
+    def respond(request: MockRequest) -> MockReply:
+        replies = {1: completion(request, content="{"), 2: error_reply(500, "try again")}
+        return replies.get(request.n) or completion(request, content='{"n": 7}')
+
+    server = mock(respond=respond)
+    write_rows("aa")
+    to = ("in.jsonl", "--base-url", server.url, "-m", "m", "-o", name, "-c", 1)
+    typed = (*to, "--schema", "s.json", "--max-schema-retries", 0, "--max-retries", 0)
+    assert submit(*typed).code == 3
+    copied = submit(*typed, "--dedupe", "--json")
+    assert (copied.code, copied.summary["rows"]["copied"], server.ledger.requests) == (3, 1, 2)
+    ended = submit(*typed, "--json")
+    assert (ended.summary["rows"]["ok"], ended.summary["rows"]["error"]) == (1, 1)
+    assert server.ledger.requests == 3
+    told = sum(total or 0 for total in batchrun.read(name)["total_tokens"].to_pylist())
+    assert told == ended.summary["output_totals"]["tokens"]["total"]
+    assert told == server.ledger.billed.total_tokens
