@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from batchrun.errors import UsageError
+
 SCHEMES: Final = ("s3", "gs", "gcs", "abfs", "abfss")
 _ADDRESS: Final = re.compile(
     rf"({'|'.join(SCHEMES)})://([^/?]*)/?([^?]*)(?:\?(.*))?", re.IGNORECASE | re.DOTALL
@@ -23,31 +25,33 @@ class Address(NamedTuple):
     key: str
     options: str
 
-    @property
-    def has_credentials(self) -> bool:
-        """Names that are none stand there too: a container's, or ``anonymous``."""
-        user, at, _ = self.host.rpartition("@")
-        return bool(at) and (":" in user or self.scheme == "s3")
-
     def at(self, key: str) -> str:
         """The address of another key in the same place."""
         options = f"?{self.options}" if self.options else ""
         return f"{self.scheme}://{self.host}/{key}{options}"
 
-    def shown(self) -> str:
-        """Without credentials that somebody put into it."""
-        if self.has_credentials:
-            return self._replace(host=self.host.rpartition("@")[2]).at(self.key)
-        return self.at(self.key)
-
 
 def is_address(text: str) -> bool:
-    """Whether this names something in object storage."""
-    return _ADDRESS.match(text) is not None
+    """Whether this names something in object storage.
+
+    UsageError for one with credentials in it: nothing may keep or show that.
+    """
+    if _ADDRESS.match(text) is None:
+        return False
+    address = address_of(text)
+    user, at, place = address.host.rpartition("@")
+    # Names that are none stand there too: a container's, or ``anonymous``.
+    if at and (":" in user or address.scheme == "s3"):
+        raise UsageError(
+            f"{address._replace(host=place).at(address.key)}: credentials do not belong in an"
+            " address",
+            next_steps=("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",),
+        )
+    return True
 
 
 def address_of(text: str) -> Address:
-    """The parts of what ``is_address``."""
+    """The parts of an address."""
     found = _ADDRESS.fullmatch(text)
     assert found is not None
     scheme, host, key, options = found.groups("")

@@ -53,20 +53,15 @@ class _Place(NamedTuple):
 def _at(address: str) -> Iterator[_Place]:
     """The file system and the path of an address; what goes wrong becomes an error of ours."""
     parts = address_of(address)
-    if parts.has_credentials:
-        raise UsageError(
-            f"{parts.shown()}: credentials do not belong in an address",
-            next_steps=("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",),
-        )
     try:
         # The key is given as it is: as part of a URI some of its letters would be others.
         files, base = pafs.FileSystem.from_uri(parts.at(""))
         base = base.strip("/")
         yield _Place(files, f"{base}/{parts.key}".strip("/"), base)
     except (pa.ArrowInvalid, ValueError) as exc:
-        raise UsageError(f"{parts.shown()}: {_in_a_line(exc)}") from exc
+        raise UsageError(f"{address}: {_in_a_line(exc)}") from exc
     except (OSError, pa.ArrowException) as exc:
-        raise LocalIOError(f"{parts.shown()}: {_in_a_line(exc)}") from exc
+        raise LocalIOError(f"{address}: {_in_a_line(exc)}") from exc
 
 
 def _in_a_line(exc: Exception) -> str:
@@ -96,9 +91,9 @@ def find(address: str) -> list[Found]:
         if (one := _seen(info)) is not None:
             return [Found(address, PurePosixPath(place.path).name, one)]
         found = _matching(place) if _WILD.search(place.path) else _below(place, place.path)
-    parts = address_of(address)
     if not found:
-        raise UsageError(f"{parts.shown()}: no such object, and none below it")
+        raise UsageError(f"{address}: no such object, and none below it")
+    parts = address_of(address)
     return [
         Found(parts.at(path.removeprefix(place.base).lstrip("/")), below, at)
         for path, below, at in found
@@ -114,7 +109,7 @@ def check_bucket(address: str) -> None:
     except LocalIOError:
         return  # who may write an object need not be allowed to ask
     if not there:
-        raise UsageError(f"{address_of(address).shown()}: there is no bucket {bucket!r}")
+        raise UsageError(f"{address}: there is no bucket {bucket!r}")
 
 
 def _matching(place: _Place) -> list[tuple[str, str, ObjectSeen]]:

@@ -1,6 +1,6 @@
 """Files become rows. Knows no prompt and no column of the output."""
 
-from batchrun.inputs.arrow import empty_row, record_batches
+from batchrun.inputs.arrow import record_batches
 from batchrun.inputs.carried import Carried
 from batchrun.inputs.column_types import ColumnTypes
 from batchrun.inputs.files import content_digest, resolve, unchanged
@@ -35,7 +35,6 @@ __all__ = [
     "Rows",
     "RowsOrTable",
     "content_digest",
-    "empty_row",
     "head",
     "image_urls",
     "read",

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 
-from batchrun.config import JSONValue
 from batchrun.errors import UsageError
 from batchrun.inputs.rows import BATCH_BYTES
 from batchrun.types import ArrowStream
@@ -43,12 +42,6 @@ def _like_first(record: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
                 f"column {field.name!r} is {field.type} in a batch and {first.type} in the first"
             )
     return record.cast(schema)
-
-
-def empty_row(schema: pa.Schema) -> dict[str, JSONValue]:
-    """A row of such columns without values: enough to see what it could be asked as."""
-    objects = (pa.types.is_struct, pa.types.is_map)
-    return {field.name: {} if any(is_(field.type) for is_ in objects) else None for field in schema}
 
 
 def _whole(source: ArrowStream | Iterable[object]) -> Iterator[pa.RecordBatch]:

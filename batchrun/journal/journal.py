@@ -222,8 +222,8 @@ class Journal:
     def tried(self, slot: int) -> bool:
         """Whether an attempt for it has ended, or was cut off."""
         table = self._table
-        held = table.held(slot) is not Held.NEW
-        return held or table.in_doubt(slot) > 0 or slot in table.used_at
+        was_in_doubt = table.in_doubt(slot) > 0
+        return was_in_doubt or slot in table.used_at or table.held(slot) is not Held.NEW
 
     def used(self, slots: Sequence[int]) -> dict[int, Usage]:
         """What was used for those of these slots that have no answer though something was.

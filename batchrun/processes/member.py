@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from batchrun.types import Attempt
 Vacate = Callable[["Member", str], None]
 
 
-class Member:
+class Member(ABC):
     """Orders of one turn of the loop go together; every order has its answer in the end."""
 
     def __init__(self, vacate: Vacate) -> None:
@@ -46,19 +47,19 @@ class Member:
         if self._waiting.pop(number, None) is not None:
             self._soon().given_up.append(number)
 
+    @abstractmethod
     def kill(self) -> None:
         """End it, whatever it does."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def leave(self) -> None:
         """Let it end by itself, for a while."""
-        raise NotImplementedError
 
     # For what it is
 
+    @abstractmethod
     def tell(self, orders: Orders) -> None:
         """Take these orders to the process."""
-        raise NotImplementedError
 
     def came(self, reports: Reports) -> None:
         """Take what the process said."""

@@ -8,6 +8,7 @@ msgpack. Instants are on the monotonic clock, which all processes of a machine s
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -90,20 +91,20 @@ orders_decoder = msgspec.msgpack.Decoder(Orders)
 reports_decoder = msgspec.msgpack.Decoder(Reports)
 
 
-class Frames(asyncio.Protocol):
+class Frames(ABC, asyncio.Protocol):
     """One end of the socket: ``heard`` for every frame that came, ``lost`` once at the end."""
 
     def __init__(self) -> None:
         self._unread = bytearray()
         self._transport: asyncio.Transport | None = None
 
+    @abstractmethod
     def heard(self, frame: memoryview) -> None:
         """Told of a frame's content, which is gone when this returns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lost(self) -> None:
         """Told once that the other end is gone."""
-        raise NotImplementedError
 
     def say(self, content: bytes) -> None:
         """Send a frame; nothing happens when the other end is gone."""

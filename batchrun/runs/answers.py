@@ -123,7 +123,7 @@ class _Shape:
         typed = answer_schema(config)
         types = ColumnTypes(config.carry, outputs.names(typed, dedupe=config.dedupe))
         types.observe_schema(schema)
-        row = inputs.empty_row(schema)
+        row = dict.fromkeys(schema.names)  # what the columns are called decides
         CHAT.detect(schema.names, [row], prompt_settings(config), config.shape, "the batches")
         self._carried = types.carried()
         settings = {} if config.schema is None else {"schema": config.schema}

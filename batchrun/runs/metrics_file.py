@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from batchrun.addresses import is_address
 from batchrun.config import RunConfig
 from batchrun.console import METRICS_FIRST_LINE, Snapshot, metrics_text
 from batchrun.errors import UsageError
@@ -30,6 +31,8 @@ class MetricsFile:
         """UsageError for a file in its place that another program wrote."""
         if config.metrics_file is None:
             return None
+        if is_address(config.metrics_file):
+            raise UsageError(f"--metrics-file {config.metrics_file}: a local file is written")
         path = Path(config.metrics_file)
         if not path.absolute().parent.is_dir():
             raise UsageError(f"--metrics-file {path}: there is no directory {path.parent}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from batchrun import outputs
+from batchrun.addresses import is_address
 from batchrun.config import RunConfig
 from batchrun.errors import UsageError
 from batchrun.journal import Journal
@@ -41,6 +42,8 @@ def reuse(config: RunConfig, book: Journal, check_stop: CheckStop) -> int:
 def _files(config: RunConfig) -> list[Path]:
     found: dict[Path, None] = {}
     for name in config.reuse:
+        if is_address(name):
+            raise UsageError(f"--reuse {name}: only local files are read")
         paths = [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name)))
         if not paths:
             raise UsageError(f"--reuse {name}: there is no such file")

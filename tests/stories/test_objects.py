@@ -330,6 +330,44 @@ def test_what_is_wrong_with_an_address_is_said_in_a_line(
     assert submit("s3://bucket/nothing.jsonl", "--mock").code == 2
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "submit ADDRESS --mock",
+        "submit in.jsonl --mock -o ADDRESS",
+        "submit in.jsonl --mock -o out.parquet --report ADDRESS",
+        "submit in.jsonl --mock -o out.parquet --metrics-file ADDRESS",
+        "submit in.jsonl --mock -o out.parquet --reuse ADDRESS",
+        "estimate ADDRESS --mock",
+        "validate ADDRESS --mock",
+        "status ADDRESS",
+        "collect ADDRESS -o copy.csv",
+        "merge ADDRESS",
+        "report ADDRESS",
+    ],
+)
+def test_credentials_in_an_address_are_never_shown(s3: Any, cli: Submit, command: str) -> None:
+    Path("in.jsonl").write_text('{"prompt": "a"}')
+    words = command.replace("ADDRESS", f"s3://me:{SECRET}@bucket/x.parquet").split()
+    ended = cli(*words)
+    assert ended.code == 2
+    assert "credentials do not belong" in " ".join(ended.err.split())
+    assert SECRET not in ended.err + ended.out
+    left = [path for path in Path().rglob("*") if path.is_file() and path.name != "in.jsonl"]
+    assert not any(SECRET.encode() in path.read_bytes() for path in left)
+
+
+def test_what_an_unfinished_run_lacks_is_said_by_its_address(
+    s3: Any, mock: StartMock, submit: Submit, cli: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_rows(s3, "in.jsonl", range(3))
+    monkeypatch.setenv("BATCHRUN_API_KEY", "canary-key")
+    assert submit(*to(mock(Knobs(key="another")).url), "--allow-http").code == 4
+    ended = cli("report", OUT)
+    assert ended.code == 2
+    assert f"batchrun: {OUT}: no output of batchrun there" in " ".join(ended.err.split())
+
+
 def test_a_directory_of_somebody_else_is_left_alone(
     s3: Any, mock: StartMock, submit: Submit
 ) -> None:
