@@ -279,28 +279,35 @@ def test_python_has_it_with_and_without_a_file(mock: StartMock) -> None:
         )
 
 
+@pytest.mark.parametrize("tries", [1, 2])
 @pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
 def test_what_copies_were_billed_for_before_stays_in_the_bill(
-    mock: StartMock, submit: Submit, cli: Submit, name: str
+    mock: StartMock, submit: Submit, cli: Submit, name: str, tries: int
 ) -> None:
-    """Answers that did not fit were paid: by rows that then took an equal row's answer."""
+    """Answers that did not fit were paid: by rows that then took an equal row's answer.
+
+    They are as long as those that fit: with one try a row's own bill equals that of the other.
+    """
     Path("s.json").write_text('{"type": "object", "properties": {"n": {"type": "integer"}}}')
 
     def respond(request: MockRequest) -> MockReply:
-        return completion(request, content="{" if request.n <= 6 else '{"n": 7}')
+        end = "]" if request.n <= 3 * tries else "}"
+        return completion(request, content=f'{{"n": 7{" " * 9_000}{end}')
 
     server = mock(respond=respond)
     write_rows("aab")
     to = ("in.jsonl", "--base-url", server.url, "-m", "m", "-o", name, "--price", "1,2")
-    typed = (*to, "--schema", "s.json", "--max-schema-retries", 1, "--max-tokens", 90, "-c", 1)
+    more = ("--schema", "s.json", "--max-schema-retries", tries - 1, "--max-tokens", 90, "-c", 1)
+    typed = (*to, *more)
     assert submit(*typed).code == 3
-    assert server.ledger.requests == 6
+    asked = 3 * tries + 2
     again = submit(*typed, "--retry-failed", "--dedupe", "--json")
-    assert (again.code, server.ledger.requests) == (0, 8)
+    assert (again.code, server.ledger.requests) == (0, asked)
 
     def agrees(summary: dict[str, Any]) -> None:
         told = summary["output_totals"]["tokens"]
         assert told["total"] == server.ledger.billed.total_tokens
+        assert told["rows_without_usage"] == 0
         assert (summary["rows"]["ok"], summary["rows"]["copied"]) == (3, 1)
         Path("copy.parquet").unlink(missing_ok=True)
         assert cli("collect", name, "-o", "copy.parquet").code == 0
@@ -309,7 +316,7 @@ def test_what_copies_were_billed_for_before_stays_in_the_bill(
         assert sum(row["total_tokens"] for row in rows) == server.ledger.billed.total_tokens
         assert sum(row["cost_usd"] for row in rows) == pytest.approx(told["cost_usd"])
         assert [row["status"] for row in rows] == ["ok"] * 3
-        assert rows[1]["attempts"] == 2
+        assert rows[1]["attempts"] == tries
 
     agrees(again.summary)
     # And when the next run begins with what that one published.
@@ -318,8 +325,9 @@ def test_what_copies_were_billed_for_before_stays_in_the_bill(
     assert "new" in read("copy.parquet")[0]
     spent = server.ledger.billed.total_tokens or 0
     write_rows("aabd")
+    # Without what the copy was billed there would be room for one more.
     refused = submit(*typed, "--dedupe", "--token-budget", spent - 1, "--json")
-    assert (refused.code, server.ledger.requests) == (75, 8)
+    assert (refused.code, server.ledger.requests) == (75, asked)
 
 
 def test_a_stopped_run_tells_copies_of_a_failure_that_passes(
