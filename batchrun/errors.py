@@ -44,6 +44,9 @@ class BatchrunError(Exception):
         self.message = message
         self.next_steps = next_steps
 
+    def __str__(self) -> str:
+        return self.message
+
 
 class UsageError(BatchrunError):
     exit_code = EXIT_USAGE

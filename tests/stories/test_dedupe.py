@@ -292,7 +292,7 @@ def test_what_copies_were_billed_for_before_stays_in_the_bill(
 
     def respond(request: MockRequest) -> MockReply:
         end = "]" if request.n <= 3 * tries else "}"
-        return completion(request, content=f'{{"n": 7{" " * 9_000}{end}')
+        return completion(request, content=f'{{"w": "{"word " * 9_000}", "n": 7{end}')
 
     server = mock(respond=respond)
     write_rows("aab")

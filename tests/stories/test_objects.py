@@ -20,6 +20,7 @@ import pytest
 import batchrun
 from batchrun.mock.knobs import Knobs
 from batchrun.mock.replies import MockRequest
+from batchrun.runs.objects import Mirror
 
 pytest.importorskip("moto.server")
 boto3: Any = pytest.importorskip("boto3")
@@ -358,22 +359,20 @@ def test_credentials_in_an_address_are_never_shown(s3: Any, cli: Submit, command
 
 
 def test_what_an_unfinished_run_lacks_is_said_by_its_address(
-    s3: Any, mock: StartMock, submit: Submit, cli: Submit, monkeypatch: pytest.MonkeyPatch
+    s3: Any, mock: StartMock, submit: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_rows(s3, "in.jsonl", range(3))
     monkeypatch.setenv("BATCHRUN_API_KEY", "canary-key")
     assert submit(*to(mock(Knobs(key="another")).url), "--allow-http").code == 4
-    ended = cli("report", OUT)
-    assert ended.code == 2
-    assert f"batchrun: {OUT}: no output of batchrun there" in " ".join(ended.err.split())
+    assert Mirror.of(OUT).directory.is_dir()
+    with pytest.raises(batchrun.UsageError, match=f"^{OUT}: no output of batchrun there"):
+        batchrun.read(OUT)
 
 
 def test_a_directory_of_somebody_else_is_left_alone(
     s3: Any, mock: StartMock, submit: Submit
 ) -> None:
     put_rows(s3, "in.jsonl", range(3))
-    from batchrun.runs.objects import Mirror
-
     own = Mirror.of(OUT).directory
     own.mkdir()
     (own / "mine.txt").write_text("mine")
